@@ -1,0 +1,286 @@
+"""The nouns of sds3d: what flows between the stages of one optimisation step, and what each stage promises.
+
+The way of one step (see `optimize.py`):
+
+    CameraLaw -> Cameras --Scene.render--> Render.rgb --Prior.encode--> x
+    (TimeLaw, NoiseSource) -> Draw --Draw.diffuse(x)--> x_t --Prior.eps--> eps
+    Rule.residual(x, draw, condition) -> Residual --attach_gradient--> scene parameters
+
+Axis letters, fixed once: b views, c prior channels, h w prior size, H W image size, n tokens or points,
+d feature, v vertices, f faces, g gaussians.
+
+World frame (as glTF): right-handed, +y up, the object's front faces +z, metres. Camera frame (OpenCV): x right,
+y down, z forward. Colours are sRGB in [0, 1] unless a name says otherwise. Diffusion time t lies in [0, 1] for
+every model family: 0 is clean, 1 is noise.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sds3d.rng import Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cameras:
+    """b pinhole cameras that look at one scene; all share one image size."""
+
+    c2w: Float[Tensor, "b 4 4"]  # camera (OpenCV axes) to world
+    intrinsics: Float[Tensor, "b 3 3"]  # pixels; pixel centres at +0.5
+    width_px: int
+    height_px: int
+    azimuth_deg: Float[Tensor, " b"]  # 0 = front (+z), 90 = +x: counter-clockwise seen from above
+    elevation_deg: Float[Tensor, " b"]  # 0 = horizon, +90 = top
+    radius: Float[Tensor, " b"]  # metres from the world origin
+    fov_deg: Float[Tensor, " b"]  # vertical field of view
+
+    def __len__(self) -> int:
+        return self.c2w.shape[0]
+
+    def to(self, device: torch.device | str) -> "Cameras":
+        """The same cameras with their tensors on another device."""
+        moved = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+    def resized(self, size_px: int) -> "Cameras":
+        """The same cameras with square images of another size."""
+        scale = torch.tensor([size_px / self.width_px, size_px / self.height_px, 1.0])
+        intrinsics = self.intrinsics * scale.to(self.intrinsics)[None, :, None]
+        return replace(self, intrinsics=intrinsics, width_px=size_px, height_px=size_px)
+
+
+ShadingMode = Literal["albedo", "textureless", "lambertian"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shading:
+    """How the scene is lit and what stands behind it, chosen per step by the shading law."""
+
+    mode: ShadingMode = "albedo"
+    background: Float[Tensor, "b 3"] | None = None  # sRGB; None = the scene's own background, else black
+    light: Float[Tensor, "b 3"] | None = None  # unit vectors towards the light, world frame
+    ambient: float = 1.0  # shade = ambient + (1 - ambient) * max(0, n.l) for the lit modes
+
+    def to(self, device: torch.device | str) -> "Shading":
+        """The same shading with its tensors on another device."""
+        moved = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Render:
+    """What a scene shows to b cameras. All fields except `private` are differentiable."""
+
+    rgb: Float[Tensor, "b 3 H W"]  # sRGB in [0, 1], composited over the background
+    alpha: Float[Tensor, "b 1 H W"]  # [0, 1]
+    depth: Float[Tensor, "b 1 H W"]  # alpha-weighted metres along the camera z axis; 0 where alpha = 0
+    normal: Float[Tensor, "b 3 H W"] | None = None  # world frame, unit length where alpha > 0
+    private: object = None  # only the scene that made it may look inside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """One bundle of what the prior is told about b views: one row of a batched network call."""
+
+    text: Float[Tensor, "b n d"]
+    pooled: Float[Tensor, "b e"] | None = None
+    cameras: Cameras | None = None
+    background: Float[Tensor, "b 3"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """What is known about b views. A None field means: this prior or run has no such condition.
+
+    Enters: `negatives` and `negative_weights` by Perp-Neg, `cameras` and `background` by camera-conditioned
+    priors. The null bundle keeps the background (it is known, not asked for) but drops text and camera.
+    """
+
+    text: Float[Tensor, "b n d"]
+    null: Float[
+        Tensor, "b n d"
+    ]  # the negative prompt's embedding where one is given, else the empty prompt's
+    negatives: Float[Tensor, "b k n d"] | None = None  # view-dependent Perp-Neg negatives
+    negative_weights: Float[Tensor, "b k"] | None = None
+    cameras: Cameras | None = None
+    background: Float[Tensor, "b 3"] | None = None
+
+    def as_text(self) -> Told:
+        """Prompt, camera and background."""
+        return Told(text=self.text, cameras=self.cameras, background=self.background)
+
+    def as_null(self) -> Told:
+        """Empty or negative prompt, no camera."""
+        return Told(text=self.null, background=self.background)
+
+    def as_negative(self, index: int) -> Told:
+        """The index-th Perp-Neg negative of every view (no camera: it would contradict the view word)."""
+        if self.negatives is None:
+            raise ValueError("this condition holds no Perp-Neg negatives")
+        return Told(text=self.negatives[:, index], background=self.background)
+
+
+class NoiseSchedule(Protocol):
+    """x_t = alpha(t) x + sigma(t) noise, with t in [0, 1]: 0 is clean, 1 is noise, for every family."""
+
+    def alpha(self, t: Float[Tensor, " b"]) -> Float[Tensor, "b 1 1 1"]: ...
+
+    def sigma(self, t: Float[Tensor, " b"]) -> Float[Tensor, "b 1 1 1"]: ...
+
+    def snap(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """The nearest t the network was trained on; idempotent."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """All randomness of one guidance step. A rule given the same draw returns the same numbers."""
+
+    t: Float[Tensor, " b"]
+    noise: Float[Tensor, "b c h w"]
+    schedule: NoiseSchedule
+    stream: Stream
+
+    def diffuse(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """alpha(t) x + sigma(t) noise."""
+        return self.schedule.alpha(self.t) * x + self.schedule.sigma(self.t) * self.noise
+
+    def fork(self, index: int) -> "Draw":
+        """The same t with fresh, independent noise."""
+        stream = self.stream.fork(str(index))
+        noise = stream.normal(*self.noise.shape).to(self.noise)
+        return replace(self, noise=noise, stream=stream)
+
+
+class Prior(Protocol):
+    """A frozen 2D diffusion model seen as eps-prediction. Latent or pixel space, eps / v / x0 / flow: hidden here."""
+
+    schedule: NoiseSchedule
+    device: torch.device
+    shape: tuple[int, int, int]  # (c, h, w) of x
+    image_px: int  # side of the RGB image that encode() resizes to
+
+    def encode_text(self, prompts: Sequence[str]) -> Float[Tensor, "p n d"]: ...
+
+    def warnings(self, prompts: Sequence[str]) -> list[str]:
+        """What the user should know about these prompts, e.g. words outside a closed vocabulary."""
+        ...
+
+    def encode(self, rgb: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        """Differentiable; resizes to `image_px` and maps [0, 1] sRGB to the space of x."""
+        ...
+
+    def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        """Back to sRGB; may leave [0, 1] a little."""
+        ...
+
+    def eps(
+        self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], *told: Told
+    ) -> tuple[Float[Tensor, "b c h w"], ...]:
+        """Noise predictions, one per bundle, from one batched network call without gradient."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residual:
+    """What a rule says about x. `grad` is d(objective)/dx per view; the scene descends it."""
+
+    grad: Float[Tensor, "b c h w"]
+    target: Float[Tensor, "b c h w"] | None = None  # clean image the rule pulls towards, if the rule has one
+    weight: Float[Tensor, "b 1 1 1"] | None = None  # grad = weight * (x - target) where target is given
+    aux_loss: Float[Tensor, ""] | None = None  # for the rule's own parameters (student, corrective net)
+    log: Mapping[str, float] = field(default_factory=dict)
+
+
+class Rule(nn.Module, ABC):
+    """A score-distillation rule. Subclasses are final: a variant is a new file or a wrapper, never an override.
+
+    `has_target` says that residuals carry a clean target, which a run may hold for several steps.
+    """
+
+    has_target: bool = False
+
+    @abstractmethod
+    def residual(self, x: Float[Tensor, "b c h w"], draw: Draw, cond: Condition) -> Residual:
+        """The gradient on x (already detached) for this draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamGroup:
+    """Parameters that share one learning rate; the optimiser's unit."""
+
+    name: str
+    params: Sequence[nn.Parameter]
+    lr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surface:
+    """A triangle mesh in world coordinates, counter-clockwise seen from outside."""
+
+    vertices: Float[Tensor, "v 3"]  # metres
+    faces: Int[Tensor, "f 3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """glTF metallic-roughness material at n points."""
+
+    base_color: Float[Tensor, "n 3"]  # sRGB in [0, 1]
+    metallic: Float[Tensor, "n 1"]
+    roughness: Float[Tensor, "n 1"]
+
+
+class Optimizer(Protocol):
+    """The part of the optimiser that a scene may use to keep its state in step with changed parameters."""
+
+    def replace(
+        self, name: str, old: nn.Parameter, new: nn.Parameter, gather: Int[Tensor, " m"], fresh: Tensor
+    ) -> None:
+        """Swap `old` for `new` in group `name`; row i of Adam's moments becomes row gather[i] of the old ones,
+        or zero where the boolean `fresh[i]` is set.
+        """
+        ...
+
+
+class Scene(nn.Module, ABC):
+    """Something that can be rendered, optimised, and turned into a textured surface."""
+
+    penalty_names: tuple[str, ...] = ()
+
+    @abstractmethod
+    def render(self, cameras: Cameras, shading: Shading, rng: Stream, *, progress: float = 1.0) -> Render:
+        """Render b views. `progress` in [0, 1] is the fraction of the run done (coarse-to-fine, band masks)."""
+
+    @abstractmethod
+    def groups(self) -> Sequence[ParamGroup]:
+        """All trainable parameters with their learning rates."""
+
+    def adapt(self, view: Render, optimizer: Optimizer, step: int) -> None:
+        """After the optimiser step: densify, prune, refresh occupancy. Deterministic given the step."""
+        return
+
+    @abstractmethod
+    def surface(self, cells_per_side: int) -> Surface:
+        """The scene's surface; the iso value is chosen from the field. Raises ExportError when there is none."""
+
+    @abstractmethod
+    def material(self, points: Float[Tensor, "n 3"]) -> Material:
+        """Material at points on (or near) the surface."""
+
+    def penalties(self, view: Render) -> Mapping[str, Float[Tensor, ""]]:
+        """Differentiable regularisers by name, each a scalar mean, unweighted."""
+        return {}
+
+
+def attach_gradient(x: Float[Tensor, "b c h w"], grad: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """Scalar whose derivative with respect to x is grad / b; its value means nothing and is never logged as a loss.
+
+    The only place where a rule meets autograd.
+    """
+    return (x * grad.detach()).sum() / x.shape[0]
