@@ -1,0 +1,41 @@
+"""The vector through which camera-conditioned toybox models are told the camera and the background.
+
+Shared by training (`sds3d.toybox.train`) and inference (`sds3d.priors.diffusers_image`), so that both sides mean
+the same numbers. A missing camera or background is all zeros with its flag at 0, as trained with dropout.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CONDITION_SIZE = 10
+RADIUS_CENTER_M = 3.3
+RADIUS_SPREAD_M = 0.2
+
+
+def condition_vector(
+    azimuth_deg: Float[Tensor, " b"],
+    elevation_deg: Float[Tensor, " b"],
+    radius: Float[Tensor, " b"],
+    background: Float[Tensor, "b 3"],
+    camera_known: Float[Tensor, " b"],
+    background_known: Float[Tensor, " b"],
+) -> Float[Tensor, "b 10"]:
+    """[sin az, cos az, sin el, cos el, (radius - 3.3) / 0.2, 1] * camera_known, [2 bg - 1, 1] * background_known.
+
+    `background` is sRGB in [0, 1]; the two flags are 0 or 1 per view.
+    """
+    azimuth, elevation = torch.deg2rad(azimuth_deg), torch.deg2rad(elevation_deg)
+    camera = torch.stack(
+        [
+            azimuth.sin(),
+            azimuth.cos(),
+            elevation.sin(),
+            elevation.cos(),
+            (radius - RADIUS_CENTER_M) / RADIUS_SPREAD_M,
+            torch.ones_like(radius),
+        ],
+        dim=1,
+    )
+    ground = torch.cat([2.0 * background - 1.0, torch.ones_like(background[:, :1])], dim=1)
+    return torch.cat([camera * camera_known[:, None], ground * background_known[:, None]], dim=1)

@@ -1,0 +1,1 @@
+"""The toybox: a procedural world of coloured toys, with captions and a fast renderer."""
