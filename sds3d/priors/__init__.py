@@ -1,0 +1,61 @@
+"""Priors by name: one line per model in this table, one file per family."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from sds3d.config.option import option
+from sds3d.errors import PriorError
+from sds3d.interfaces import Prior
+from sds3d.paths import data_dir
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """Which frozen diffusion model guides the run."""
+
+    name: str = option("toybox", help="a name listed by `sds3d priors`, or a diffusers pipeline folder")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", help="network precision; auto = bfloat16 (schedule algebra stays in float32)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorInfo:
+    """What `sds3d priors` shows."""
+
+    folder: Path
+    summary: str
+    licence: str
+
+
+def known_priors() -> dict[str, PriorInfo]:
+    """Priors that can be asked for by name."""
+    return {
+        "toybox": PriorInfo(
+            folder=data_dir("assets") / "priors" / "toybox",
+            summary="64 px text- and camera-conditioned model of the toybox world; ships with sds3d, runs on a CPU",
+            licence="Apache-2.0",
+        ),
+    }
+
+
+def load_prior(config: PriorConfig, device: torch.device) -> Prior:
+    """The prior of this name or folder, on this device.
+
+    Raises:
+        PriorError: unknown name, missing folder, or a folder that is not a complete pipeline.
+    """
+    known = known_priors()
+    folder = known[config.name].folder if config.name in known else Path(config.name)
+    if not folder.is_dir():
+        raise PriorError(
+            f"prior {config.name!r}: not one of {', '.join(sorted(known))} and no such folder; "
+            "give a name from `sds3d priors` or the path of a diffusers pipeline folder"
+        )
+    from sds3d.priors.diffusers_image import DiffusersPrior, load_parts
+
+    dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+    return DiffusersPrior(load_parts(folder, dtype), device, dtype)
