@@ -47,9 +47,7 @@ def project(cameras, point: torch.Tensor) -> torch.Tensor:
 def test_rotations_are_proper_and_the_origin_is_in_the_middle() -> None:
     cameras = cameras_at([0.0, 77.0, 200.0, -30.0], [0.0, 45.0, -20.0, 90.0])
     rotation = cameras.c2w[:, :3, :3]
-    torch.testing.assert_close(
-        rotation @ rotation.mT, torch.eye(3).expand(4, 3, 3), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3).expand(4, 3, 3), rtol=0, atol=1e-6)
     torch.testing.assert_close(torch.linalg.det(rotation), torch.ones(4))
     torch.testing.assert_close(
         project(cameras, torch.zeros(3)), torch.tensor([[32.0, 32.0, 3.3]]).expand(4, 3), rtol=0, atol=1e-4
@@ -136,9 +134,12 @@ def test_light_is_a_unit_vector_and_backgrounds_are_plain() -> None:
     torch.testing.assert_close(shading.light.norm(dim=1), torch.ones(300))
     white = (shading.background == 1.0).all(1).float().mean()
     assert 0.4 < white < 0.6
-    assert ShadingLaw(ShadingConfig(background="scene")).sample(
-        NOW, turntable_cameras(2, 8), Stream(0, "s")
-    ).background is None
+    assert (
+        ShadingLaw(ShadingConfig(background="scene"))
+        .sample(NOW, turntable_cameras(2, 8), Stream(0, "s"))
+        .background
+        is None
+    )
 
 
 @pytest.mark.parametrize(

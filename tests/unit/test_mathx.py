@@ -135,7 +135,9 @@ def test_perp_neg_commutes_with_permuting_views() -> None:
     weights = -torch.rand(25, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     order = torch.randperm(25, generator=torch.Generator().manual_seed(6))
     direct = perp_neg(null, text, negative, weights, 3.0)[order]
-    torch.testing.assert_close(direct, perp_neg(null[order], text[order], negative[order], weights[order], 3.0))
+    torch.testing.assert_close(
+        direct, perp_neg(null[order], text[order], negative[order], weights[order], 3.0)
+    )
 
 
 def test_rescale_restores_the_spread_of_the_text_prediction() -> None:

@@ -23,9 +23,7 @@ TARGET = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
 def build(steps: int = 60, hold: int = 1, rule: str = "sds", seed: int = 0, **options) -> Loop:
-    prior = AnalyticPrior(
-        {"y": Mixture.gaussian(TARGET, 0.01), "": Mixture.gaussian(TARGET * 0 + 0.5, 0.01)}
-    )
+    prior = AnalyticPrior({"y": Mixture.gaussian(TARGET, 0.01), "": Mixture.gaussian(TARGET * 0 + 0.5, 0.01)})
     scene = CanvasScene()
     rules = {"sds": SDS(SDS.Config(cfg_scale=1.0), prior), "csd": CSD(CSD.Config(), prior)}
     parts = Parts(

@@ -1,0 +1,490 @@
+"""A run folder is whole at every moment: names, refusals, resume equality, interruption, failures.
+
+The loop and the exporter are small stand-ins with the real interfaces, so each test takes a moment.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import sds3d.run as run_module
+from sds3d import checkpoint
+from sds3d.asset import AssetReport
+from sds3d.errors import CheckpointError, CollapseError, ConfigError, ExportError, InputError, NonFiniteError
+from sds3d.events.bus import CheckpointSaved, Event, Finished, PreviewReady, StepDone, Warned
+from sds3d.events.log import MetricsLog, Tally
+from sds3d.events.turntable import write_contact_sheet, write_turntable
+from sds3d.interfaces import Cameras, Material, ParamGroup, Render, Scene, Shading, Surface
+from sds3d.job import CheckpointConfig, JobConfig, PreviewConfig
+from sds3d.optimize import Loop
+from sds3d.paths import claim_folder, claim_run_folder, safe_slug, write_atomic
+from sds3d.rng import Stream, Streams
+from sds3d.run import Stop, export, generate, resume
+
+FAST = JobConfig(
+    prompt="a red mug",
+    steps=20,
+    device="cpu",
+    checkpoint=CheckpointConfig(every_steps=5, keep=2),
+    preview=PreviewConfig(every_s=0.0, size_px=32, turntable_frames=0),
+)
+
+
+class ToyScene(Scene):
+    """One vector that no one can see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = torch.nn.Parameter(torch.zeros(4))
+
+    def render(self, cameras: Cameras, shading: Shading, rng: Stream, *, progress: float = 1.0) -> Render:
+        size = (len(cameras), 1, cameras.height_px, cameras.width_px)
+        return Render(
+            rgb=torch.ones(size).expand(-1, 3, -1, -1), alpha=torch.ones(size), depth=torch.ones(size)
+        )
+
+    def groups(self) -> list[ParamGroup]:
+        return [ParamGroup(name="x", params=[self.x], lr=1.0)]
+
+    def surface(self, cells_per_side: int) -> Surface:
+        raise ExportError("no surface")
+
+    def material(self, points: torch.Tensor) -> Material:
+        raise ExportError("no material")
+
+
+class ToyLoop(Loop):
+    """A drunkard's walk of one vector; every step depends on all earlier ones and on its own random numbers."""
+
+    alpha = 0.5
+    fail_at: int | None = None
+
+    def __init__(self, job: JobConfig, device: torch.device) -> None:
+        self.job, self.index, self.log_every = job, 0, 10
+        self.steps_taken: list[int] = []
+        self.scene = ToyScene()
+        self.parts: Any = SimpleNamespace(scene=self.scene, prior=SimpleNamespace(warnings=self.warnings))
+
+    @property
+    def x(self) -> torch.Tensor:
+        return self.scene.x.data
+
+    def warnings(self, prompts: list[str]) -> list[str]:
+        return ["the prior does not know the word 'mug'"] if "mug" in prompts[0] else []
+
+    def run(self, until: int, emit: Any) -> None:
+        while self.index < min(until, self.job.steps):
+            noise = Streams(self.job.seed).stream("toy", self.index).normal(4)
+            self.scene.x.data = torch.sin(3 * self.x) + noise
+            self.steps_taken.append(self.index)
+            self.index += 1
+            if self.index == self.fail_at:
+                raise NonFiniteError(f"step {self.index}: gradients are not finite")
+            emit(
+                StepDone(
+                    step=self.index,
+                    steps=self.job.steps,
+                    grad_norm=float(self.x.norm()),
+                    log={"alpha_mean": self.alpha},
+                )
+            )
+
+    def preview(self, size_px: int, count: int = 4, elevation_deg: float = 15.0) -> torch.Tensor:
+        return torch.rand(count, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"scene.x": self.x.clone(), "index": torch.tensor(self.index)}
+
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.scene.x.data, self.index = tensors["scene.x"].clone(), int(tensors["index"])
+
+
+class ToyReport(AssetReport):
+    """Says what was written, and no more."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        object.__setattr__(self, "files", files)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"mesh": {"faces": 12}, "fidelity": None}
+
+
+@pytest.fixture
+def loops(monkeypatch: pytest.MonkeyPatch) -> list[ToyLoop]:
+    """The loops that runs built, in order; exporting writes the vector as text."""
+    built: list[ToyLoop] = []
+
+    def build(job: JobConfig, device: torch.device) -> ToyLoop:
+        built.append(ToyLoop(job, device))
+        return built[-1]
+
+    def make(scene: Any, folder: Path, config: Any, metadata: Any) -> ToyReport:
+        path = folder / "asset.stl"
+        write_atomic(path, repr(next(scene.parameters()).tolist()).encode())
+        return ToyReport({"stl": path})
+
+    monkeypatch.setattr(run_module, "build_loop", build)
+    monkeypatch.setattr(run_module, "make_asset", make)
+    return built
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Asker:
+    """A listener that asks for a stop when a step is done."""
+
+    def __init__(self, stop: Stop, at: int, signal: int | None = 2) -> None:
+        self.stop, self.at, self.signal = stop, at, signal
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == self.at:
+            self.stop.ask(self.signal)
+
+
+def test_a_run_leaves_a_complete_folder(tmp_path: Path, loops: list[ToyLoop]) -> None:
+    events: list[Event] = []
+    result = generate(FAST, tmp_path / "run", listeners=[events.append])
+    facts = manifest(result.folder)
+    assert (result.status, result.steps_done, result.signal) == ("done", 20, None)
+    assert (facts["status"], facts["steps_done"], facts["prompt"], facts["seed"]) == (
+        "done",
+        20,
+        "a red mug",
+        0,
+    )
+    assert facts["files"] == {"stl": "asset.stl"}
+    assert facts["mesh"] == {"faces": 12}
+    assert facts["warnings"] == ["the prior does not know the word 'mug'"]
+    assert facts["versions"]["torch"]
+    assert [row["step"] for row in metrics(result.folder)] == list(range(1, 21))
+    assert [path.name[5:11] for path in checkpoint.listed(result.folder / "checkpoints")] == [
+        "000015",
+        "000020",
+    ]
+    assert (result.folder / "config.yaml").read_text().startswith("schema: 1\n")
+    with Image.open(result.folder / "preview.png") as picture:
+        assert picture.size == (32, 32)
+    assert isinstance(events[-1], Finished)
+    assert [e.step for e in events if isinstance(e, CheckpointSaved)] == [5, 10, 15, 20]
+    assert next(i for i, e in enumerate(events) if isinstance(e, PreviewReady)) < 6
+    assert not [path for path in result.folder.rglob(".*")]
+
+
+@pytest.mark.parametrize("at", [1, 5, 10, 13])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, loops: list[ToyLoop], at: int) -> None:
+    whole = generate(FAST, tmp_path / "whole")
+    stop = Stop()
+    first = generate(FAST, tmp_path / "parts", listeners=[Asker(stop, at)], stop=stop)
+    assert (first.status, first.steps_done, first.signal) == ("interrupted", at, 2)
+    assert manifest(first.folder)["status"] == "interrupted"
+    assert (first.folder / "asset.stl").exists()
+    second = resume(first.folder)
+    assert second.status == "done"
+    assert loops[-1].steps_taken == list(range(at, 20))
+    assert torch.equal(loops[-1].x, loops[0].x)
+    states = [
+        checkpoint.load(checkpoint.listed(r.folder / "checkpoints")[-1]).tensors for r in (whole, second)
+    ]
+    assert torch.equal(states[0]["scene.x"], states[1]["scene.x"])
+    assert (whole.folder / "asset.stl").read_bytes() == (second.folder / "asset.stl").read_bytes()
+    assert [row["step"] for row in metrics(second.folder)] == list(range(1, 21))
+    assert manifest(second.folder)["status"] == "done"
+
+
+def test_stop_before_the_first_step_exports_nothing(tmp_path: Path, loops: list[ToyLoop]) -> None:
+    stop = Stop()
+    stop.ask(15)
+    result = generate(FAST, tmp_path / "run", stop=stop)
+    assert (result.status, result.steps_done, dict(result.files), result.signal) == ("interrupted", 0, {}, 15)
+    assert resume(tmp_path / "run").status == "done"
+
+
+def test_a_failed_run_keeps_its_checkpoint_and_says_why(
+    tmp_path: Path, loops: list[ToyLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ToyLoop, "fail_at", 8)
+    with pytest.raises(NonFiniteError):
+        generate(FAST, tmp_path / "run")
+    facts = manifest(tmp_path / "run")
+    assert (facts["status"], facts["error"]) == ("failed", "step 8: gradients are not finite")
+    assert checkpoint.listed(tmp_path / "run" / "checkpoints")
+    monkeypatch.setattr(ToyLoop, "fail_at", None)
+    assert resume(tmp_path / "run").status == "done"
+    assert manifest(tmp_path / "run")["error"] is None
+
+
+def test_a_run_that_cannot_be_built_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(job: JobConfig, device: torch.device) -> None:
+        raise InputError("no such prior")
+
+    monkeypatch.setattr(run_module, "build_loop", build)
+    with pytest.raises(InputError):
+        generate(FAST, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_run_without_a_surface_is_no_failure(
+    tmp_path: Path, loops: list[ToyLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: Any) -> None:
+        raise ExportError("the scene is empty")
+
+    monkeypatch.setattr(run_module, "make_asset", nothing)
+    stop = Stop()
+    result = generate(FAST, tmp_path / "run", listeners=[Asker(stop, 3)], stop=stop)
+    assert result.status == "interrupted"
+    assert any("no asset yet: the scene is empty" in text for text in result.warnings)
+    with pytest.raises(ExportError):
+        resume(tmp_path / "run")
+    assert manifest(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.parametrize(("alpha", "word"), [(0.001, "empty"), (0.99, "fully opaque")])
+def test_collapse_is_reported_or_stops_the_run(
+    tmp_path: Path, loops: list[ToyLoop], monkeypatch: pytest.MonkeyPatch, alpha: float, word: str
+) -> None:
+    monkeypatch.setattr(ToyLoop, "alpha", alpha)
+    events: list[Event] = []
+    long = replace(FAST, steps=60)
+    result = generate(long, tmp_path / "warn", listeners=[events.append])
+    warned = [event for event in events if isinstance(event, Warned) and word in event.message]
+    assert len(warned) == 1
+    assert word in manifest(result.folder)["collapse"]
+    with pytest.raises(CollapseError, match=word):
+        generate(replace(long, on_collapse="stop"), tmp_path / "stop")
+    assert manifest(tmp_path / "stop")["steps_done"] == 51
+
+
+def test_a_scene_that_recovers_is_not_collapsed() -> None:
+    messages: list[str] = []
+    tally = Tally(messages.append, window_steps=10)
+    for step in range(1, 40):
+        tally(StepDone(step=step, steps=40, grad_norm=1.0, log={"alpha_mean": 0.001 if step < 9 else 0.3}))
+    assert (messages, tally.collapse) == ([], None)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "notes.txt"])
+def test_a_folder_with_anything_in_it_is_refused_untouched(
+    tmp_path: Path, loops: list[ToyLoop], name: str
+) -> None:
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+        generate(FAST, tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "precious")]
+    assert not loops
+
+
+def test_out_that_is_a_file_is_refused(tmp_path: Path, loops: list[ToyLoop]) -> None:
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="cannot write here"):
+            generate(FAST, out)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path: Path, loops: list[ToyLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+    room = {"checkpoints": 1}
+
+    def limited(self: Path, data: bytes) -> int:
+        if self.parent.name == "checkpoints":
+            room["checkpoints"] -= 1
+            if room["checkpoints"] < 0:
+                write(self, data[:10])
+                raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", limited)
+    with pytest.raises(InputError, match="No space left on device"):
+        generate(FAST, tmp_path / "run")
+    files = list((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in files] == ["step-000005.safetensors"]
+    assert checkpoint.load(files[0]).step == 5
+    monkeypatch.setattr(Path, "write_bytes", write)
+    assert resume(tmp_path / "run").status == "done"
+
+
+def test_resume_refuses_what_does_not_fit(tmp_path: Path, loops: list[ToyLoop]) -> None:
+    stop = Stop()
+    folder = generate(FAST, tmp_path / "run", listeners=[Asker(stop, 7)], stop=stop).folder
+    config = folder / "config.yaml"
+    before = config.read_text()
+    config.write_text(before.replace("seed: 0", "seed: 1"))
+    with pytest.raises(CheckpointError, match="belongs to other settings"):
+        resume(folder)
+    config.write_text(before.replace("seed: 0", "sed: 0"))
+    with pytest.raises(ConfigError, match="Did you mean seed"):
+        resume(folder)
+    config.write_text(before.replace("every_s: 0.0", "every_s: 9.0"))
+    assert resume(folder).status == "done"
+
+
+def test_resume_with_a_damaged_checkpoint_names_it(tmp_path: Path, loops: list[ToyLoop]) -> None:
+    stop = Stop()
+    folder = generate(FAST, tmp_path / "run", listeners=[Asker(stop, 7)], stop=stop).folder
+    last = checkpoint.listed(folder / "checkpoints")[-1]
+    last.write_bytes(last.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match=re.escape(str(last))):
+        resume(folder)
+    last.unlink()
+    assert resume(folder).steps_done == 20
+    assert loops[-1].steps_taken[0] == 5
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "\x00"])
+def test_resume_of_something_else(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+        resume(tmp_path)
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path, loops: list[ToyLoop]) -> None:
+    folder = generate(FAST, tmp_path / "run").folder
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    result = resume(folder)
+    assert (result.status, result.steps_done, dict(result.files)) == (
+        "done",
+        20,
+        {"stl": folder / "asset.stl"},
+    )
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert len(loops) == 1
+
+
+def test_export_needs_a_checkpoint(tmp_path: Path, loops: list[ToyLoop]) -> None:
+    stop = Stop()
+    stop.ask()
+    folder = generate(FAST, tmp_path / "run", stop=stop).folder
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        export(folder)
+
+
+def test_metrics_drop_steps_that_are_done_again_and_broken_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "x"')
+    log = MetricsLog(path, after_step=2)
+    log(StepDone(step=3, steps=9, grad_norm=float("nan"), log={"a": 1.5}))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["grad_norm"] is None
+    assert rows[-1]["a"] == 1.5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": None},
+        {"prompt": ""},
+        {"prompt": " \n\t"},
+        {"preview": PreviewConfig(turntable_px=33)},
+        {"camera": replace(FAST.camera, elevation_deg=(30.0, 10.0))},
+        {"penalties": replace(FAST.penalties, scale=type(FAST.penalties.scale).constant(1.0))},
+    ],
+)
+def test_contradictions_are_found_before_anything_is_made(
+    tmp_path: Path, loops: list[ToyLoop], changes: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError):
+        generate(replace(FAST, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert not loops
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_cuda(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="device: got cuda"):
+        generate(replace(FAST, device="cuda"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@given(st.text(max_size=300))
+def test_any_prompt_is_a_safe_name(prompt: str) -> None:
+    slug = safe_slug(prompt)
+    assert re.fullmatch(r"[a-z0-9](-?[a-z0-9])*-?", slug)
+    assert len(slug) <= 49
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "../../etc/passwd",
+        "CON",
+        "nul",
+        "com1",
+        ".",
+        "..",
+        "/",
+        "a\x00b",
+        "é" * 5000,
+        "x" * 5000,
+        "赤いマグ",
+        "🫖",
+        "-rf *",
+    ],
+)
+def test_hard_prompts_make_a_folder_inside_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = claim_run_folder("my/odd config.yaml", prompt)
+    assert folder.is_dir()
+    assert folder.resolve().parent == tmp_path / "outputs" / "odd-config"
+
+
+def test_run_folders_of_one_second_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = set()
+    for _ in range(3):
+        folder = claim_run_folder("default", "a mug")
+        (folder / "x").write_text("")
+        folders.add(folder)
+    assert len(folders) == 3
+
+
+def test_claiming_an_empty_folder_leaves_no_trace(tmp_path: Path) -> None:
+    claim_folder(tmp_path / "a" / "b")
+    assert not list((tmp_path / "a" / "b").iterdir())
+
+
+@pytest.mark.parametrize("size", [32, 98])
+def test_turntable_keeps_its_size(tmp_path: Path, size: int) -> None:
+    import imageio_ffmpeg
+
+    path = tmp_path / "t.mp4"
+    write_turntable(path, (torch.full((3, size, size), i / 5) for i in range(5)), size_px=size)
+    reader = imageio_ffmpeg.read_frames(str(path))
+    facts = next(reader)
+    frames = list(reader)
+    assert facts["size"] == (size, size)
+    assert len(frames) == 5
+    assert frames[0][0] < 20 < 190 < frames[4][0]
+    with pytest.raises(ValueError, match="even size"):
+        write_turntable(path, [], size_px=33)
+
+
+def test_contact_sheet_fills_rows_from_the_left(tmp_path: Path) -> None:
+    images = torch.stack([torch.full((3, 8, 8), i / 10) for i in range(4)])
+    write_contact_sheet(tmp_path / "sheet.png", images)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (24, 16)
+        assert [sheet.getpixel((x, 4))[0] for x in (4, 12, 20)] == [0, 26, 51]
+        assert sheet.getpixel((4, 12))[0] == 77
+        assert sheet.getpixel((20, 12)) == (255, 255, 255)
