@@ -1,0 +1,1 @@
+"""Cameras and light: where views are taken from and what stands behind them."""

@@ -1,0 +1,1 @@
+"""Pure functions of diffusion mathematics and regularisers; each formula has one home here."""

@@ -128,6 +128,22 @@ def test_fidelity_notices_a_wrong_texture(made):
     assert bad.silhouette_iou == good.silhouette_iou
 
 
+def test_fidelity_notices_a_wrong_shape_of_whatever_grey(made):
+    """A ball of the background's own grey would hide before that background; here no grey hides."""
+    mesh = load_mesh(made[0].files["glb"])
+    for grey in (0.0, 0.5, 1.0):
+
+        class Grey(Mug):
+            def color(self, p, grey=grey):
+                return torch.full_like(p, grey)
+
+        plain = replace(mesh, texture=torch.full_like(mesh.texture, round(grey * 255)))
+        cameras = turntable_cameras(2, 64)
+        right = compare(Grey(), plain, cameras, Stream(0, "t"))
+        wrong = compare(Grey(), replace(plain, vertices=plain.vertices * 0.7), cameras, Stream(0, "t"))
+        assert wrong.psnr_db < min(right.psnr_db - 6, 20)
+
+
 def test_front_of_the_file_is_red_and_the_inside_white(made):
     mesh = load_mesh(made[0].files["glb"])
     front = turntable_cameras(1, 65, elevation_deg=0.0)

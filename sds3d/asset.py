@@ -1,0 +1,149 @@
+"""From an optimised scene to files: surface -> clean -> unwrap -> bake -> write -> reload -> compare.
+
+report = make_asset(scene, Path("out"), AssetConfig(formats=("glb", "stl")), {"prompt": "a red mug", "seed": 0})
+report.files["glb"], report.fidelity.psnr_db
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sds3d import __version__
+from sds3d.cameras.orbit import turntable_cameras
+from sds3d.errors import ConfigError
+from sds3d.interfaces import Scene
+from sds3d.mesh.bake import bake
+from sds3d.mesh.clean import MeshStats, clean, measure, vertex_normals
+from sds3d.mesh.fidelity import Fidelity, compare
+from sds3d.mesh.files import check_formats, export_mesh, load_mesh
+from sds3d.mesh.textured import TexturedMesh
+from sds3d.mesh.unwrap import unwrap
+from sds3d.rng import Stream
+
+# The first of these among the written formats is the file that fidelity is measured on.
+TEXTURED_FORMATS = ("glb", "gltf", "obj", "ply")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssetConfig:
+    """How a scene becomes an asset. Every field is checked when the record is made."""
+
+    formats: tuple[str, ...] = ("glb",)  # any of glb, gltf, obj, ply, stl
+    name: str = "asset"  # file name without extension
+    cells_per_side: int = 96  # resolution of the iso-surface
+    max_faces: int = 8000
+    smooth_rounds: int = 5  # Taubin rounds against staircases; 0 = none
+    min_piece_frac: float = 0.02  # pieces below this share of the largest one's area are dropped
+    texture_px: int = 512  # power of two
+    padding_px: int = 4  # texels between charts, about
+    bake_depths_m: tuple[float, ...] = (
+        0.0,
+    )  # below the surface, along the normal; colours there are averaged
+    compare_views: int = 8  # azimuths for the fidelity report; 0 = no report
+    compare_px: int = 128
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value that cannot work."""
+        check_formats(self.formats)
+        _check_range("cells_per_side", self.cells_per_side, 8, 1024)
+        _check_range("max_faces", self.max_faces, 100, 10_000_000)
+        _check_range("smooth_rounds", self.smooth_rounds, 0, 100)
+        _check_range("min_piece_frac", self.min_piece_frac, 0.0, 1.0)
+        _check_range("texture_px", self.texture_px, 128, 4096)
+        if self.texture_px & (self.texture_px - 1):
+            raise ConfigError(
+                f"asset.texture_px is {self.texture_px}; expected a power of two from 128 to 4096"
+            )
+        _check_range("padding_px", self.padding_px, 0, 64)
+        if not self.bake_depths_m:
+            raise ConfigError("asset.bake_depths_m is empty; expected at least one depth, e.g. [0.0]")
+        _check_range("compare_views", self.compare_views, 0, 1000)
+        _check_range("compare_px", self.compare_px, 16, 2048)
+
+
+def _check_range(field: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"asset.{field} is {value}; expected a value from {low} to {high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssetReport:
+    """What was written, and how good it is."""
+
+    files: Mapping[str, Path]  # the main file of each format
+    mesh: MeshStats  # of the closed surface, before the seams were cut
+    charts: int
+    fidelity: Fidelity | None  # None if no view was asked for, or no written format holds colours
+    seconds: Mapping[str, float]  # wall time per stage
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for a JSON report."""
+        return {**asdict(self), "files": {name: str(path) for name, path in self.files.items()}}
+
+
+def make_asset(
+    scene: Scene, out_dir: Path, config: AssetConfig, metadata: Mapping[str, object] | None = None
+) -> AssetReport:
+    """Write a scene as a mesh with textures, read it back and compare it with the scene.
+
+    `metadata` (prompt, seed, config hash: plain JSON values) goes into the file. Raises ExportError if the scene has
+    no surface or a file cannot be written; then no file is left half-written.
+    """
+    clock = _Clock()
+    with clock("surface"):
+        raw = scene.surface(config.cells_per_side)
+    with clock("clean"):
+        surface = clean(
+            raw,
+            max_faces=config.max_faces,
+            min_frac=config.min_piece_frac,
+            smooth_rounds=config.smooth_rounds,
+        )
+        stats, normals = measure(surface), vertex_normals(surface)
+    with clock("unwrap"):
+        atlas = unwrap(surface, texture_px=config.texture_px, padding_px=config.padding_px)
+    with clock("bake"):
+        baked = bake(
+            scene, surface, normals, atlas, texture_px=config.texture_px, inward_m=config.bake_depths_m
+        )
+    mesh = TexturedMesh(
+        vertices=surface.vertices[atlas.source],
+        faces=atlas.faces,
+        normals=normals[atlas.source],  # made before the cut, so shading is smooth across seams
+        uvs=atlas.uvs,
+        texture=baked.base_color,
+        metallic_roughness=baked.metallic_roughness,
+        metallic=baked.metallic,
+        roughness=baked.roughness,
+        closed=stats.watertight,
+    )
+    with clock("write"):
+        notes = {**(metadata or {}), "sds3d_version": __version__}
+        files = export_mesh(mesh, Path(out_dir), config.name, config.formats, notes)
+    with clock("compare"):
+        fidelity = _compare_file(scene, files, config)
+    return AssetReport(files=files, mesh=stats, charts=atlas.charts, fidelity=fidelity, seconds=clock.seconds)
+
+
+def _compare_file(scene: Scene, files: Mapping[str, Path], config: AssetConfig) -> Fidelity | None:
+    """Fidelity of the file on disk, not of the mesh in memory: a wrong flip in a writer must show here."""
+    written = [name for name in TEXTURED_FORMATS if name in files]
+    if not written or config.compare_views == 0:
+        return None
+    cameras = turntable_cameras(config.compare_views, config.compare_px)
+    return compare(scene, load_mesh(files[written[0]]), cameras, Stream(0, "fidelity"))
+
+
+class _Clock:
+    """Seconds per named stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)

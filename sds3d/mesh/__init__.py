@@ -1,0 +1,1 @@
+"""Meshes: extraction, cleaning, unwrapping, baking and files."""

@@ -1,0 +1,134 @@
+"""Textures of a surface: ask the scene for its material at the point behind every texel."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional
+
+from sds3d.errors import ExportError
+from sds3d.interfaces import Material, Scene, Surface
+from sds3d.mesh.unwrap import Atlas
+from sds3d.ops.raster_numba import uv_buffer
+
+CHUNK = 1 << 16  # points per call of Scene.material
+VARIES = 2.0 / 255.0  # a property that stays within this of its mean is written as a factor, not as a texture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texels:
+    """The n covered texels of a square texture and the surface points behind their centres."""
+
+    covered: Bool[np.ndarray, "H W"]
+    points: Float[Tensor, "n 3"]  # world metres, in the order of np.nonzero(covered)
+    normals: Float[Tensor, "n 3"]  # unit, outward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baked:
+    """Textures and factors of a metallic-roughness material."""
+
+    base_color: UInt8[Tensor, "H W 3"]  # sRGB
+    metallic_roughness: UInt8[Tensor, "H W 3"] | None  # as glTF: green roughness, blue metallic
+    metallic: float
+    roughness: float
+
+
+def bake(
+    scene: Scene,
+    surface: Surface,
+    normals: Float[Tensor, "v 3"],
+    atlas: Atlas,
+    *,
+    texture_px: int,
+    inward_m: tuple[float, ...] = (0.0,),
+) -> Baked:
+    """Textures of `scene` on `surface`; every texel outside the charts takes the colour of the nearest chart texel.
+
+    `inward_m` are the depths below the surface (metres, along the inward normal) at which the material is asked;
+    their plain mean is baked. A density field's colour is best defined a little inside, where the field is dense:
+    what a camera sees is itself a mean over such depths.
+    """
+    texels = find_texels(surface, normals, atlas, texture_px)
+    material = _mean_material(scene, texels, inward_m)
+    nearest = _nearest_covered(texels.covered)
+    metallic, roughness = material.metallic, material.roughness
+    flat = max(_spread(metallic), _spread(roughness)) <= VARIES
+    shine = None
+    if not flat:
+        shine = _fill(
+            torch.cat([torch.ones_like(roughness), roughness, metallic], dim=1), texels.covered, nearest
+        )
+    return Baked(
+        base_color=_fill(material.base_color, texels.covered, nearest),
+        metallic_roughness=shine,
+        metallic=float(metallic.mean().clamp(0, 1)) if flat else 1.0,
+        roughness=float(roughness.mean().clamp(0, 1)) if flat else 1.0,
+    )
+
+
+def find_texels(surface: Surface, normals: Float[Tensor, "v 3"], atlas: Atlas, texture_px: int) -> Texels:
+    """The texels whose centre lies in a chart, and where on the surface they lie."""
+    face_id, weights = _rasterize_uv(atlas.uvs, atlas.faces, texture_px)
+    covered = face_id >= 0
+    if not covered.any():
+        raise ExportError(f"bake: no texel of the {texture_px} px texture lies in a chart")
+    corners = surface.faces[torch.from_numpy(face_id[covered])]
+    at = torch.from_numpy(weights[covered])[..., None]
+    return Texels(
+        covered=covered,
+        points=(surface.vertices[corners] * at).sum(1),
+        normals=functional.normalize((normals[corners] * at).sum(1), dim=1),
+    )
+
+
+def _rasterize_uv(
+    uvs: Float[Tensor, "w 2"], faces: Int[Tensor, "f 3"], texture_px: int
+) -> tuple[np.ndarray, np.ndarray]:
+    corners = uvs[faces].double().numpy() * texture_px
+    face_id = np.full((texture_px, texture_px), -1, np.int64)
+    weights = np.zeros((texture_px, texture_px, 3), np.float32)
+    uv_buffer(corners, face_id, weights)
+    return face_id, weights
+
+
+@torch.no_grad()
+def _mean_material(scene: Scene, texels: Texels, inward_m: tuple[float, ...]) -> Material:
+    total: list[list[Tensor]] = [[], [], []]
+    device = next(scene.parameters(), texels.points).device
+    for start in range(0, len(texels.points), CHUNK):
+        part = slice(start, start + CHUNK)
+        points, normals = texels.points[part].to(device), texels.normals[part].to(device)
+        asked = [scene.material(points - depth * normals) for depth in inward_m]
+        for name, out in zip(("base_color", "metallic", "roughness"), total, strict=True):
+            out.append(torch.stack([getattr(material, name).cpu() for material in asked]).mean(0))
+    base_color, metallic, roughness = (torch.cat(parts) for parts in total)
+    bad = int((~torch.isfinite(base_color)).any(1).sum())
+    if bad:
+        raise ExportError(f"bake: the scene's material is not finite at {bad} of {len(base_color)} texels")
+    return Material(base_color=base_color, metallic=metallic, roughness=roughness)
+
+
+def _spread(values: Float[Tensor, "n 1"]) -> float:
+    return float((values - values.mean()).abs().max())
+
+
+def _nearest_covered(covered: Bool[np.ndarray, "H W"]) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of the nearest covered texel, for every texel."""
+    rows, columns = ndimage.distance_transform_edt(~covered, return_distances=False, return_indices=True)
+    return rows, columns
+
+
+def _fill(
+    values: Float[Tensor, "n 3"], covered: Bool[np.ndarray, "H W"], nearest: tuple[np.ndarray, np.ndarray]
+) -> UInt8[Tensor, "H W 3"]:
+    """Values of the covered texels as an 8-bit image without any empty texel.
+
+    Filling the whole image, not only a rim, is what keeps small mip levels clean: they average far across borders.
+    """
+    image = np.zeros((*covered.shape, 3), np.uint8)
+    image[covered] = np.rint(values.clamp(0, 1).numpy() * 255.0).astype(np.uint8)
+    return torch.from_numpy(image[nearest])
