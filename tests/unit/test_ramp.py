@@ -1,6 +1,7 @@
 """Ramps: ends, order, clocks and shapes."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -30,7 +31,7 @@ def test_holds_its_ends_outside_the_interval(shape: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_monotone_and_stays_between_its_ends(shape: str) -> None:
     values = [Ramp(start=0.9, end=0.1, shape=shape).at(Moment(step, 50)) for step in range(50)]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(values))
     assert min(values) >= 0.1 - 1e-12
     assert max(values) <= 0.9 + 1e-12
 

@@ -104,8 +104,9 @@ def test_culling_by_occupancy_leaves_the_image_unchanged() -> None:
     assert not made.occupancy.occupied[middles > 0.98].any()
     culled = made.render(cameras([0.0, 60.0]), Shading(), STREAM)
     assert culled.private.weights.numel() < dense.private.weights.numel()
-    for name in ("rgb", "alpha", "depth"):
-        torch.testing.assert_close(getattr(culled, name), getattr(dense, name), atol=1e-3, rtol=0)
+    # A depth is an opacity times metres: the same bound, at the distance of the far side of the ball.
+    for name, bound in (("rgb", 1e-3), ("alpha", 1e-3), ("depth", 1e-3 * (3.3 + 1.05))):
+        torch.testing.assert_close(getattr(culled, name), getattr(dense, name), atol=bound, rtol=0)
 
 
 def test_a_ball_has_its_depth_its_colour_and_radial_normals() -> None:
@@ -252,14 +253,15 @@ def assert_closed(surface: Surface) -> None:
     assert all((j, i) in there for i, j in there)
 
 
-def test_the_surface_of_a_ball_is_closed_outward_and_has_its_volume_and_place() -> None:
+def test_the_surface_of_a_ball_is_closed_outward_and_in_its_place() -> None:
     made = ball_scene()
     made.field = Ball(center=(0.2, -0.1, 0.05))
     surface = made.surface(96)
     assert_closed(surface)
-    assert math.isclose(signed_volume(surface), 4 / 3 * math.pi * 0.7**3, rel_tol=0.06)
-    middle = 0.5 * (surface.vertices.min(0).values + surface.vertices.max(0).values)
-    torch.testing.assert_close(middle, torch.tensor([0.2, -0.1, 0.05]), atol=0.02, rtol=0)
+    radius = (surface.vertices - made.field.center).norm(dim=-1)
+    assert radius.std() < 2e-3  # one level set
+    assert abs(radius.mean().item() - 0.7) < 2.1 / 96  # within one cell of the middle of the soft edge
+    assert math.isclose(signed_volume(surface), 4 / 3 * math.pi * radius.mean().item() ** 3, rel_tol=0.01)
 
 
 def test_matter_at_the_border_is_closed_there() -> None:

@@ -1,0 +1,286 @@
+"""The `sds3d` command: each subcommand gathers its words into a job and hands over to `sds3d.run`.
+
+Heavy imports stand inside the commands, so that help and mistakes answer at once.
+"""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sds3d import __version__
+from sds3d.config.load import config_names, file_layers, find_config, is_override, override_layers, setting
+from sds3d.errors import ConfigError, Sds3dError
+
+if TYPE_CHECKING:
+    from sds3d.run import RunResult, Stop
+
+app = typer.Typer(
+    help="Text to 3D by score distillation: a prompt in, a textured GLB out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="Look at configs.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+
+Words = Annotated[list[str] | None, typer.Argument(metavar="PROMPT|KEY=VALUE")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+ConfigOption = Annotated[str, typer.Option("--config", help="A name from `sds3d configs`, or a YAML file.")]
+
+
+@app.command()
+def generate(
+    words: Words = None,
+    config: ConfigOption = "default",
+    out: Annotated[Path | None, typer.Option(help="Folder for the run; must be new or empty.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes every random number.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    prior: Annotated[str | None, typer.Option(help="A name from `sds3d priors`, or a folder.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
+    formats: Annotated[str | None, typer.Option("--formats", "--format", help="E.g. glb,obj,ply.")] = None,
+) -> None:
+    """Make a 3D asset from a prompt, e.g. sds3d generate "a red mug" --seed 1 guidance.cfg_scale=10."""
+    prompt, overrides = split_words(words or [])
+    layers = override_layers(overrides)
+    options: dict[str, tuple[str, str | int | None]] = {
+        "prompt": ("the prompt", prompt),
+        "seed": ("--seed", seed),
+        "steps": ("--steps", steps),
+        "device": ("--device", device),
+        "prior.name": ("--prior", prior),
+        "negative_prompt": ("--negative", negative),
+    }
+    layers += [setting(key, value, source) for key, (source, value) in options.items() if value is not None]
+    if formats is not None:
+        layers += override_layers([f"export.formats=[{', '.join(split_formats(formats))}]"], "--formats")
+    if prompt is not None and not prompt.strip():
+        raise ConfigError('the prompt is empty; say what to make, e.g. sds3d generate "a red mug"')
+    find_config(config)  # a wrong name should not wait for torch
+    from sds3d.job import load_job
+    from sds3d.run import generate as run_generate
+
+    job = load_job(config, layers).config
+    with _progress() as (listeners, stop):
+        result = run_generate(job, out, config_name=config, listeners=listeners, stop=stop)
+    _conclude(result)
+
+
+@app.command()
+def resume(run: RunFolder) -> None:
+    """Continue an interrupted or failed run from its last checkpoint."""
+    from sds3d.run import resume as run_resume
+
+    with _progress() as (listeners, stop):
+        result = run_resume(run, listeners=listeners, stop=stop)
+    _conclude(result)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    formats: Annotated[str | None, typer.Option("--format", "--formats", help="E.g. glb,obj,ply.")] = None,
+) -> None:
+    """Write the asset of a run's last checkpoint again, in other formats if given."""
+    from sds3d.run import export as run_export
+
+    with _progress() as (listeners, _):
+        result = run_export(run, split_formats(formats) if formats else (), listeners=listeners)
+    _conclude(result)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: packages, device, threads, priors, video, disk. Exit status 0 if a run can work."""
+    from sds3d.doctor import examine
+
+    checks = examine()
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        typer.echo(f"{check.status:<5} {check.name:<{width}}  {check.detail}")
+    if any(check.status == "FAIL" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def configs() -> None:
+    """List the shipped configs."""
+    for name in config_names():
+        first = find_config(name).read_text(encoding="utf-8").partition("\n")[0]
+        typer.echo(f"{name:<20} {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
+
+
+@app.command()
+def methods() -> None:
+    """List guidance rules, time laws and scenes."""
+    from sds3d.guidance import RULES
+    from sds3d.guidance.time import TIME_LAWS
+    from sds3d.scenes import SCENES
+
+    for title, table in (("guidance", RULES), ("time", TIME_LAWS), ("scene", SCENES)):
+        for kind, entry in sorted(table.items()):
+            typer.echo(f"{title:<9} {kind:<12} {(entry.__doc__ or '').strip().partition(chr(10))[0]}")
+
+
+@app.command()
+def priors() -> None:
+    """List the priors that can be asked for by name."""
+    from sds3d.priors import known_priors
+
+    for name, info in sorted(known_priors().items()):
+        missing = "" if info.folder.is_dir() else "  (files missing)"
+        typer.echo(f"{name:<12} {info.summary} [{info.licence}]{missing}")
+
+
+Files = Annotated[list[str] | None, typer.Argument(metavar="NAME|FILE|KEY=VALUE")]
+
+
+@config_app.command("show")
+def config_show(files: Files = None) -> None:
+    """Print the resolved config with the origin of every value."""
+    from sds3d.config.dump import show
+    from sds3d.job import load_job
+
+    names = [word for word in files or [] if not is_override(word)]
+    layers = override_layers([word for word in files or [] if is_override(word)])
+    for name in names or ["default"]:
+        typer.echo(show(load_job(name, layers)), nl=False)
+
+
+@config_app.command("check")
+def config_check(files: Files = None) -> None:
+    """Check config files; a folder means every YAML file in it."""
+    from sds3d.config.load import resolve
+    from sds3d.job import JobConfig
+
+    paths: list[Path] = []
+    for name in files or config_names():
+        folder = Path(name)
+        paths += sorted(folder.glob("*.yaml")) if folder.is_dir() else [find_config(name)]
+    faults = 0
+    for path in paths:
+        try:
+            resolve(JobConfig, file_layers(path))
+        except ConfigError as error:
+            faults += 1
+            typer.echo(f"error: {error}", err=True)
+    typer.echo(f"{len(paths) - faults} of {len(paths)} configs are valid")
+    if faults:
+        raise typer.Exit(ConfigError.exit_code)
+
+
+@config_app.command("docs")
+def config_docs() -> None:
+    """Print a markdown reference of every setting."""
+    from sds3d.config.docs import reference
+    from sds3d.job import JobConfig
+
+    typer.echo(reference(JobConfig))
+
+
+def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The prompt and the key=value overrides among positional words."""
+    prompts = [word for word in words if not is_override(word)]
+    if len(prompts) > 1:
+        joined = " ".join(prompts)
+        raise ConfigError(f'got {len(prompts)} words outside quotes; quote the prompt: "{joined[:80]}"')
+    return (prompts[0] if prompts else None), [word for word in words if is_override(word)]
+
+
+def split_formats(text: str) -> list[str]:
+    """`glb,obj` as a list; raises ConfigError when it names nothing."""
+    names = [name.strip().lower().lstrip(".") for name in text.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--formats: names no format, expected e.g. glb,obj")
+    return names
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[list[Any], "Stop"]]:
+    """Listeners that show progress, and a Stop that Ctrl-C and SIGTERM ask."""
+    from sds3d.events.progress import ProgressLine
+    from sds3d.run import Stop
+
+    line, stop = ProgressLine(), Stop()
+    with heeding_signals(stop):
+        try:
+            yield [line], stop
+        finally:
+            line.close()
+
+
+@contextmanager
+def heeding_signals(stop: "Stop") -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask `stop` to end after the current step; a second Ctrl-C ends at once."""
+
+    def handle(number: int, frame: object) -> None:
+        if stop.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.ask(number)
+        os.write(2, b"\nstopping after this step; the result is kept. Ctrl-C again aborts at once.\n")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _conclude(result: "RunResult") -> None:
+    """Where the files are, on stdout; then the exit status of the signal, if one ended the run."""
+    for path in result.files.values():
+        typer.echo(str(path))
+    if result.status == "interrupted":
+        typer.echo(
+            f"interrupted after {result.steps_done} steps; continue with: sds3d resume {result.folder}",
+            err=True,
+        )
+        raise typer.Exit(128 + (result.signal or signal.SIGINT))
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Errors a user can cause are one line on stderr."""
+    try:
+        code = app(list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except Sds3dError as error:
+        return _report(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _report("aborted", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        return _report(f"{error.filename or 'a file'}: {error.strerror}", 2)
+    except _usage_errors() as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help page, and no mistake
+            typer.echo(error.format_message())
+            return 0
+        return _report(error.format_message(), 2)
+
+
+def _usage_errors() -> Any:
+    """The base of typer's own complaints (a missing argument, an unknown option)."""
+    return next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+
+def _report(message: str, code: int) -> int:
+    typer.echo(f"error: {message}", err=True)
+    return code

@@ -1,0 +1,1 @@
+"""Typed YAML: files and overrides become frozen dataclasses; see `load.resolve`."""

@@ -1,0 +1,118 @@
+"""`JobConfig`: everything a run depends on, as one frozen record; see `configs/default.yaml` for its YAML."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import torch
+
+from sds3d.asset import AssetConfig
+from sds3d.cameras.light import ShadingConfig
+from sds3d.cameras.sample import CameraConfig
+from sds3d.config.dump import config_hash
+from sds3d.config.load import Resolved, file_layers, find_config, resolve
+from sds3d.config.option import Chosen, kinds, option
+from sds3d.config.tree import Table
+from sds3d.errors import ConfigError, InputError
+from sds3d.guidance import RULES
+from sds3d.guidance.time import TIME_LAWS
+from sds3d.optim import OptimizerConfig
+from sds3d.optimize import PenaltyConfig
+from sds3d.priors import PriorConfig
+from sds3d.priors.text import PromptingConfig
+from sds3d.scenes import SCENES
+
+# A run resumed with other values here still takes the same steps.
+_NOT_IN_HASH = ("device", "checkpoint", "preview", "export", "on_collapse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of a run goes to disk."""
+
+    every_steps: int = option(100, help="steps between checkpoints", ge=1)
+    keep: int = option(2, help="how many of the last checkpoints stay on disk", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """The picture that is refreshed while a run goes on, and the video at its end."""
+
+    every_s: float = option(5.0, help="seconds between previews", ge=0.0)
+    size_px: int = option(
+        256, help="side of preview.png, which shows four sides of the scene", ge=32, le=2048
+    )
+    turntable_px: int = option(256, help="side of turntable.mp4 and of a contact sheet tile", ge=32, le=2048)
+    turntable_frames: int = option(48, help="frames of turntable.mp4; 0 = no video", ge=0, le=1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """One run: prompt to asset."""
+
+    prompt: str | None = option(None, help="what to make; usually given on the command line")
+    negative_prompt: str = option("", help="what to steer away from")
+    seed: int = option(0, help="fixes every random number of the run", ge=0, le=2**53)
+    steps: int = option(500, help="optimisation steps", ge=1, le=10_000_000)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", help="auto = cuda where there is one")
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    prompting: PromptingConfig = field(default_factory=PromptingConfig)
+    scene: Chosen = kinds(SCENES, next(iter(SCENES)), help="what is optimised")
+    guidance: Chosen = kinds(RULES, "sds", help="the score-distillation rule")
+    time: Chosen = kinds(TIME_LAWS, "uniform", help="which diffusion times the steps use")
+    camera: CameraConfig = field(default_factory=CameraConfig)
+    shading: ShadingConfig = field(default_factory=ShadingConfig)
+    penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    on_nonfinite: Literal["skip", "stop"] = option("skip", help="at a step whose gradients are not finite")
+    on_collapse: Literal["warn", "stop"] = option("warn", help="when the scene is empty or opaque for long")
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    export: AssetConfig = field(default_factory=AssetConfig)
+
+    def text(self) -> str:
+        """The prompt; raises ConfigError where it is missing or blank."""
+        if self.prompt is None or not self.prompt.strip():
+            raise ConfigError('prompt: empty; say what to make, e.g. sds3d generate "a red mug"')
+        return self.prompt
+
+    def validate(self) -> None:
+        """Checks across fields, before anything is loaded or written. Raises ConfigError or InputError."""
+        self.text()
+        pick_device(self.device)
+        known = SCENES[self.scene.kind].penalty_names
+        active = [spec.name for spec in fields(self.penalties) if spec.name in self.penalties.active()]
+        unknown = [name for name in active if name not in known]
+        if unknown:
+            raise ConfigError(
+                f"penalties.{unknown[0]}: a {self.scene.kind!r} scene has no such penalty. "
+                f"It has {', '.join(known) or 'none'}; set this weight to 0."
+            )
+        if self.preview.turntable_px % 2:
+            raise ConfigError(
+                f"preview.turntable_px: got {self.preview.turntable_px}, expected an even number"
+            )
+        for name in ("elevation_deg", "azimuth_deg", "overhead_deg", "radius", "fov_deg"):
+            low, high = getattr(self.camera, name)
+            if low > high:
+                raise ConfigError(f"camera.{name}: got [{low}, {high}], expected the smaller value first")
+
+    def hash(self) -> str:
+        """Equal for two jobs that take the same optimisation steps."""
+        return config_hash(self, ignore=_NOT_IN_HASH)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device; raises InputError where CUDA is asked for and there is none."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        build = (
+            "this torch is built without CUDA" if torch.version.cuda is None else "no CUDA device is visible"
+        )
+        raise InputError(f"device: got cuda, but {build}; use --device cpu or auto")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def load_job(config: str = "default", layers: Sequence[Table] = ()) -> Resolved[JobConfig]:
+    """A job from a config name or file, with further layers (overrides) on top; not yet validated."""
+    return resolve(JobConfig, [*file_layers(find_config(config)), *layers])

@@ -1,0 +1,407 @@
+"""A run from job to asset: folder, loop, checkpoints, export. Public: `generate`, `resume` and `export`.
+
+A run folder is complete at every moment: files are replaced whole, the manifest says how far the run came,
+and what was there before a failure stays.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sds3d import __version__, checkpoint
+from sds3d.asset import AssetReport, make_asset
+from sds3d.cameras.orbit import orbit_cameras
+from sds3d.config.dump import dump
+from sds3d.config.load import file_layers, resolve
+from sds3d.errors import CheckpointError, CollapseError, ExportError, InputError, Sds3dError
+from sds3d.events.bus import (
+    CheckpointSaved,
+    Emit,
+    Event,
+    Finished,
+    PhaseStarted,
+    StepDone,
+    Warned,
+    to_all,
+)
+from sds3d.events.log import MetricsLog, Tally
+from sds3d.events.preview import Preview
+from sds3d.events.turntable import write_contact_sheet, write_turntable
+from sds3d.interfaces import Scene, Shading
+from sds3d.job import JobConfig, pick_device
+from sds3d.mesh.files import load_mesh
+from sds3d.mesh.textured import render_textured
+from sds3d.optimize import Loop, build_loop
+from sds3d.paths import claim_folder, claim_run_folder, write_atomic
+from sds3d.rng import Stream, Streams
+from sds3d.scenes import SCENES
+
+SLOW_STEP_S = 0.5  # steps slower than this are all reported, faster ones every few steps
+_COLORED = ("glb", "gltf", "obj", "ply")  # formats whose file can be shown on the contact sheet
+
+
+class Stop:
+    """A request to end a run after the current step; `signal` is what the exit code is made of."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.signal: int | None = None
+
+    def ask(self, signal: int | None = None) -> None:
+        """Ask; may be called from a signal handler or another thread."""
+        self.asked, self.signal = True, signal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """How a run ended."""
+
+    status: str  # "done" or "interrupted"; a failed run raises
+    folder: Path
+    files: Mapping[str, Path]
+    steps_done: int
+    seconds: float
+    warnings: tuple[str, ...] = ()
+    signal: int | None = None
+
+
+@dataclass
+class _Run:
+    """The state of one run in progress; `manifest` mirrors manifest.json."""
+
+    job: JobConfig
+    folder: Path
+    stop: Stop
+    manifest: dict[str, Any]
+    listeners: list[Emit] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.earlier_s = float(self.manifest.get("seconds", 0.0))
+        self.tally = Tally(lambda message: self.emit(Warned(message=message)))
+        self.tally.warnings += self.manifest.get("warnings", [])
+
+    def emit(self, event: Event) -> None:
+        to_all([self.tally, *self.listeners])(event)
+
+    def note(self, **facts: Any) -> None:
+        """Update manifest.json."""
+        self.manifest |= facts
+        self.manifest["warnings"] = self.tally.warnings
+        self.manifest["nonfinite_steps"] = self.tally.nonfinite
+        self.manifest["collapse"] = self.tally.collapse
+        self.manifest["seconds"] = round(self.seconds(), 3)
+        text = json.dumps(self.manifest, indent=2, ensure_ascii=False, default=str)
+        write_atomic(self.folder / "manifest.json", text.encode("utf-8", "backslashreplace"))
+
+    def seconds(self) -> float:
+        return self.earlier_s + time.monotonic() - self.started
+
+
+def generate(
+    job: JobConfig,
+    out: Path | None = None,
+    *,
+    config_name: str = "default",
+    listeners: Sequence[Emit] = (),
+    stop: Stop | None = None,
+) -> RunResult:
+    """Make an asset in a new folder.
+
+    Raises:
+        Sds3dError: with a message for the user. If the run cannot be built, nothing is left on disk; once it
+            takes steps, the folder holds a checkpoint and can be resumed.
+    """
+    job.validate()
+    folder = claim_folder(out) if out is not None else claim_run_folder(config_name, job.text())
+    run = _Run(job, folder, stop or Stop(), _new_manifest(job, config_name), list(listeners))
+    try:
+        run.note(status="running")
+        write_atomic(folder / "config.yaml", dump(job).encode("utf-8"))
+        loop = _build(run)
+    except BaseException:
+        _withdraw(folder)
+        raise
+    return _drive(run, loop)
+
+
+def _withdraw(folder: Path) -> None:
+    """Remove a run folder in which no step was done: only the files that `generate` wrote itself."""
+    with suppress(OSError):
+        for name in ("config.yaml", "manifest.json"):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def resume(folder: Path, *, listeners: Sequence[Emit] = (), stop: Stop | None = None) -> RunResult:
+    """Continue a run from its last checkpoint, or from step 0 where there is none; then export.
+
+    A finished run is returned as it is. Raises CheckpointError for a damaged or foreign checkpoint.
+    """
+    job, manifest = _open(folder)
+    if manifest.get("status") == "done":
+        files = {name: folder / file for name, file in manifest.get("files", {}).items()}
+        done = int(manifest.get("steps_done", job.steps))
+        return RunResult(
+            status="done",
+            folder=folder,
+            files=files,
+            steps_done=done,
+            seconds=float(manifest.get("seconds", 0)),
+        )
+    job.validate()
+    saved = _last_checkpoint(folder, job)
+    run = _Run(job, folder, stop or Stop(), manifest, list(listeners))
+    loop = _build(run)
+    if saved is not None:
+        loop.load_state_dict(saved.tensors)
+    run.note(status="running", error=None)
+    return _drive(run, loop)
+
+
+def export(folder: Path, formats: Sequence[str] = (), *, listeners: Sequence[Emit] = ()) -> RunResult:
+    """Write the asset of a run's last checkpoint again, in other formats if given; loads no prior."""
+    job, manifest = _open(folder)
+    saved = _last_checkpoint(folder, job)
+    if saved is None:
+        raise InputError(f"{folder}: holds no checkpoint to export; run: sds3d resume {folder}")
+    if formats:
+        job = replace(job, export=replace(job.export, formats=tuple(formats)))
+    run = _Run(job, folder, Stop(), manifest, list(listeners))
+    scene = SCENES[job.scene.kind](job.scene.config, Streams(job.seed).stream("init"))
+    _restore(scene, saved)
+    files = _export(run, scene.to(pick_device(job.device)), saved.step)
+    run.emit(Finished(status="done", folder=folder, files=files, seconds=run.seconds()))
+    return RunResult(status="done", folder=folder, files=files, steps_done=saved.step, seconds=run.seconds())
+
+
+def _build(run: _Run) -> Loop:
+    run.emit(PhaseStarted(name="loading"))
+    device = pick_device(run.job.device)
+    loop = build_loop(run.job, device)
+    run.manifest["device"] = str(device)
+    for message in loop.parts.prior.warnings([run.job.text(), run.job.negative_prompt]):
+        run.emit(Warned(message=message))
+    return loop
+
+
+def _drive(run: _Run, loop: Loop) -> RunResult:
+    """Optimise, checkpoint, export; on failure say so in the manifest and raise."""
+    try:
+        _optimise(run, loop)
+        status = "interrupted" if loop.index < run.job.steps else "done"
+        files = (
+            _export_or_warn(run, loop)
+            if status == "interrupted"
+            else _export(run, loop.parts.scene, loop.index)
+        )
+        run.note(status=status, steps_done=loop.index)
+    except Exception as error:
+        with suppress(Sds3dError):
+            run.note(status="failed", steps_done=loop.index, error=str(error))
+        run.emit(Finished(status="failed", folder=run.folder, seconds=run.seconds()))
+        raise
+    except KeyboardInterrupt:
+        with suppress(Sds3dError):
+            run.note(status="interrupted", steps_done=loop.index)
+        raise
+    run.emit(Finished(status=status, folder=run.folder, files=files, seconds=run.seconds()))
+    return RunResult(
+        status=status,
+        folder=run.folder,
+        files=files,
+        steps_done=loop.index,
+        seconds=run.seconds(),
+        warnings=tuple(run.tally.warnings),
+        signal=run.stop.signal if status == "interrupted" else None,
+    )
+
+
+def _optimise(run: _Run, loop: Loop) -> None:
+    job = run.job
+    run.emit(PhaseStarted(name="optimising"))
+    run.listeners.append(MetricsLog(run.folder / "metrics.jsonl", after_step=loop.index))
+    preview = Preview(
+        run.folder / "preview.png",
+        loop.preview,
+        run.emit,
+        every_s=job.preview.every_s,
+        size_px=job.preview.size_px,
+    )
+    emit = _timed(run.emit, loop)
+    saved = -1
+    try:
+        while loop.index < job.steps and not run.stop.asked:
+            before = time.monotonic()
+            loop.run(loop.index + 1, emit)
+            loop.log_every = 1 if time.monotonic() - before > SLOW_STEP_S else 10
+            preview.refresh(loop.index, last=loop.index == job.steps)
+            if loop.index % job.checkpoint.every_steps == 0:
+                saved = _save(run, loop)
+            if run.tally.collapse and job.on_collapse == "stop":
+                raise CollapseError(run.tally.collapse)
+    except (
+        Sds3dError
+    ):  # raised on purpose, between two whole steps; any other error may leave half a step behind
+        with suppress(Sds3dError):
+            _save(run, loop)
+        raise
+    if loop.index not in (saved, 0):
+        _save(run, loop)
+
+
+def _timed(emit: Emit, loop: Loop) -> Emit:
+    """Fills in the seconds per step since the event before."""
+    last = {"time": time.monotonic(), "step": float(loop.index)}
+
+    def stamped(event: Event) -> None:
+        if isinstance(event, StepDone):
+            now, taken = time.monotonic(), max(event.step - last["step"], 1.0)
+            event = replace(event, seconds=(now - last["time"]) / taken)
+            last.update(time=now, step=float(event.step))
+        emit(event)
+
+    return stamped
+
+
+def _save(run: _Run, loop: Loop) -> int:
+    folder = run.folder / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    state = checkpoint.Checkpoint(step=loop.index, config_hash=run.job.hash(), tensors=loop.state_dict())
+    path = checkpoint.save(folder, state)
+    checkpoint.prune(folder, run.job.checkpoint.keep)
+    run.emit(CheckpointSaved(path=path, step=loop.index))
+    run.note(steps_done=loop.index)
+    return loop.index
+
+
+def _export_or_warn(run: _Run, loop: Loop) -> dict[str, Path]:
+    """Export what there is of an interrupted run; too early for a surface is no failure."""
+    if loop.index == 0:
+        return {}
+    try:
+        return _export(run, loop.parts.scene, loop.index)
+    except ExportError as error:
+        run.emit(Warned(message=f"no asset yet: {error}; sds3d resume {run.folder} continues the run"))
+        return {}
+
+
+def _export(run: _Run, scene: Scene, step: int) -> dict[str, Path]:
+    job, folder = run.job, run.folder
+    run.emit(PhaseStarted(name="exporting"))
+    facts = {"prompt": job.text(), "seed": job.seed, "config_hash": job.hash(), "steps": step}
+    report = make_asset(scene, folder, job.export, facts)
+    files = dict(report.files)
+    size, frames = job.preview.turntable_px, job.preview.turntable_frames
+    if frames:
+        path = files["turntable"] = folder / "turntable.mp4"
+        write_turntable(path, (view for view in _scene_views(scene, size, frames)), size_px=size)
+    sheet = _mesh_views(report, size)
+    if sheet is not None:
+        files["contact_sheet"] = folder / "contact_sheet.png"
+        write_contact_sheet(files["contact_sheet"], sheet)
+    details = report.as_dict()
+    names = {name: path.relative_to(folder).as_posix() for name, path in files.items()}
+    run.note(files=run.manifest.get("files", {}) | names, mesh=details["mesh"], fidelity=details["fidelity"])
+    return files
+
+
+@torch.no_grad()
+def _scene_views(scene: Scene, size_px: int, count: int) -> Iterator[Tensor]:
+    """`count` views around the scene on white, rendered a few at a time to bound memory."""
+    device = next(scene.parameters()).device
+    for azimuths in torch.arange(count).mul(360.0 / count).split(4):
+        level = torch.ones(len(azimuths))
+        cameras = orbit_cameras(azimuths, 15.0 * level, 3.3 * level, 40.0 * level, size_px).to(device)
+        white = Shading(background=torch.ones(len(azimuths), 3, device=device))
+        yield from scene.render(cameras, white, Stream(0, "turntable")).rgb.cpu()
+
+
+def _mesh_views(report: AssetReport, size_px: int) -> Float[Tensor, "9 3 H W"] | None:
+    """The exported file itself from eight sides and the top; None if no written format holds colours."""
+    written = [name for name in _COLORED if name in report.files]
+    if not written:
+        return None
+    mesh = load_mesh(report.files[written[0]])
+    azimuths = torch.cat([torch.arange(8) * 45.0, torch.zeros(1)])
+    elevations = torch.tensor([15.0] * 8 + [80.0])
+    level = torch.ones(9)
+    cameras = orbit_cameras(azimuths, elevations, 3.3 * level, 40.0 * level, size_px)
+    return render_textured(mesh, cameras, torch.ones(9, 3))[0]
+
+
+def _restore(scene: Scene, saved: checkpoint.Checkpoint) -> None:
+    prefix = "scene."
+    state = {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
+    try:
+        scene.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint does not fit this run's config.yaml: {error}") from error
+
+
+def _last_checkpoint(folder: Path, job: JobConfig) -> checkpoint.Checkpoint | None:
+    paths = checkpoint.listed(folder / "checkpoints")
+    if not paths:
+        return None
+    saved = checkpoint.load(paths[-1])
+    if saved.config_hash != job.hash():
+        raise CheckpointError(
+            f"{paths[-1]}: belongs to other settings than {folder / 'config.yaml'}; undo changes to that file"
+        )
+    return saved
+
+
+def _open(folder: Path) -> tuple[JobConfig, dict[str, Any]]:
+    """Job and manifest of a run folder; raises InputError where it is not one."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("not a mapping")
+    except OSError as error:
+        raise InputError(
+            f"{folder}: not a run folder (no readable manifest.json: {error.strerror})"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); delete it and start the run again") from error
+    return resolve(JobConfig, file_layers(folder / "config.yaml")).config, manifest
+
+
+def _new_manifest(job: JobConfig, config_name: str) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "status": "running",
+        "prompt": job.text(),
+        "negative_prompt": job.negative_prompt,
+        "seed": job.seed,
+        "config": config_name,
+        "config_hash": job.hash(),
+        "prior": job.prior.name,
+        "scene": job.scene.kind,
+        "guidance": job.guidance.kind,
+        "steps": job.steps,
+        "steps_done": 0,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": versions(),
+        "files": {},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    found = {"sds3d": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for name in ("torch", "numpy", "numba", "diffusers", "transformers", "trimesh", "gsplat", "nerfacc"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
