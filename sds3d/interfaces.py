@@ -17,13 +17,18 @@ every model family: 0 is clean, 1 is noise.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sds3d.rng import Stream
+
+
+def _tensors_on(record: object, device: torch.device | str) -> dict[str, Any]:
+    """The tensor fields of a record, on another device."""
+    return {key: value.to(device) for key, value in vars(record).items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +49,7 @@ class Cameras:
 
     def to(self, device: torch.device | str) -> "Cameras":
         """The same cameras with their tensors on another device."""
-        moved = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **_tensors_on(self, device))
 
     def resized(self, size_px: int) -> "Cameras":
         """The same cameras with square images of another size."""
@@ -68,8 +72,7 @@ class Shading:
 
     def to(self, device: torch.device | str) -> "Shading":
         """The same shading with its tensors on another device."""
-        moved = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **_tensors_on(self, device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +128,7 @@ class Condition:
         return Told(text=self.negatives[:, index], background=self.background)
 
 
+@runtime_checkable
 class NoiseSchedule(Protocol):
     """x_t = alpha(t) x + sigma(t) noise, with t in [0, 1]: 0 is clean, 1 is noise, for every family."""
 
@@ -157,13 +161,16 @@ class Draw:
         return replace(self, noise=noise, stream=stream)
 
 
+@runtime_checkable
 class Prior(Protocol):
     """A frozen 2D diffusion model seen as eps-prediction. Latent or pixel space, eps / v / x0 / flow: hidden here."""
 
-    schedule: NoiseSchedule
     device: torch.device
     shape: tuple[int, int, int]  # (c, h, w) of x
     image_px: int  # side of the RGB image that encode() resizes to
+
+    @property
+    def schedule(self) -> NoiseSchedule: ...
 
     def encode_text(self, prompts: Sequence[str]) -> Float[Tensor, "p n d"]: ...
 
@@ -236,14 +243,16 @@ class Material:
     roughness: Float[Tensor, "n 1"]
 
 
+@runtime_checkable
 class Optimizer(Protocol):
     """The part of the optimiser that a scene may use to keep its state in step with changed parameters."""
 
     def replace(
         self, name: str, old: nn.Parameter, new: nn.Parameter, gather: Int[Tensor, " m"], fresh: Tensor
     ) -> None:
-        """Swap `old` for `new` in group `name`; row i of Adam's moments becomes row gather[i] of the old ones,
-        or zero where the boolean `fresh[i]` is set.
+        """Swap `old` for `new` in group `name`.
+
+        Row i of Adam's moments becomes row gather[i] of the old ones, or zero where the boolean `fresh[i]` is set.
         """
         ...
 

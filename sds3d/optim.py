@@ -76,8 +76,8 @@ class Optimizer:
         for group in self.adam.param_groups:
             group["lr"] = self.base_lr[group["name"]] * factor
         # Fused Adam skips the whole update where found_inf is 1, on the device, without a host read.
-        self.adam.grad_scale = None
-        self.adam.found_inf = bad.float()
+        self.adam.grad_scale = None  # type: ignore[attr-defined]
+        self.adam.found_inf = bad.float()  # type: ignore[attr-defined]
         self.adam.step()
         return StepReport(norm, bad)
 

@@ -117,7 +117,8 @@ class Loop:
         clip = parts.optimizer.config.pixel_clip
         x = parts.prior.encode(view.rgb if clip is None else clip_pixel_gradient(view.rgb, clip))
         loss = attach_gradient(x, self.gradient(x.detach(), shared, cameras, shading))
-        penalties = parts.scene.penalties(view) if self.weights else {}
+        known = parts.scene.penalties(view) if self.weights else {}
+        penalties = {name: known[name] for name in self.weights}  # scenes may compute them on look-up
         for name, ramp in self.weights.items():
             loss = loss + ramp.at(now) * penalties[name]
         report = parts.optimizer.step(loss, now)
@@ -227,7 +228,7 @@ def build_loop(job: "JobConfig", device: torch.device) -> Loop:
         scene=scene,
         prior=prior,
         rule=RULES[job.guidance.kind](job.guidance.config, prior),
-        bank=TextBank(prior, job.prompt, job.negative_prompt, job.prompting),
+        bank=TextBank(prior, job.text(), job.negative_prompt, job.prompting),
         camera=CameraLaw(job.camera),
         shading=ShadingLaw(job.shading),
         time=TIME_LAWS[job.time.kind](job.time.config),

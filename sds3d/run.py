@@ -300,6 +300,7 @@ def _export_or_warn(run: _Run, loop: Loop) -> dict[str, Path]:
 def _export(run: _Run, scene: Scene, step: int) -> dict[str, Path]:
     job, folder = run.job, run.folder
     run.emit(PhaseStarted(name="exporting"))
+    scene.eval()  # renders for videos and comparison without sampling jitter
     facts = {"prompt": job.text(), "seed": job.seed, "config_hash": job.hash(), "steps": step}
     report = make_asset(scene, folder, job.export, facts)
     files = dict(report.files)

@@ -48,7 +48,7 @@ class CameraLaw:
 
     def size_px(self, now: Moment) -> int:
         """Side of the rendered image at this moment."""
-        return max(SIZE_STEP_PX, int(round(self.config.render_px.at(now) / SIZE_STEP_PX)) * SIZE_STEP_PX)
+        return max(SIZE_STEP_PX, round(self.config.render_px.at(now) / SIZE_STEP_PX) * SIZE_STEP_PX)
 
     def sample(self, now: Moment, stream: Stream) -> Cameras:
         """`batch` cameras; overhead views are spread over the batch at random."""

@@ -50,12 +50,16 @@ class Ramp:
     def at(self, now: Moment) -> float:
         """The value at this moment."""
         if self.over_steps is not None:
-            first, last = self.over_steps
+            first, last = map(float, self.over_steps)
             position = float(now.step)
         else:
             first, last = self.over_frac
             position = now.progress
-        u = min(max((position - first) / (last - first), 0.0), 1.0) if last > first else float(position >= first)
+        u = (
+            min(max((position - first) / (last - first), 0.0), 1.0)
+            if last > first
+            else float(position >= first)
+        )
         if self.shape == "log":
             return math.exp(math.log(self.start) + u * (math.log(self.end) - math.log(self.start)))
         bend = {"sqrt": math.sqrt(u), "cosine": 0.5 - 0.5 * math.cos(math.pi * u), "step": float(u >= 1.0)}

@@ -19,7 +19,7 @@ class TimeLaw(Protocol):
 
 
 class UniformTime:
-    """t uniform in [low, high], both of which may move over the run (covers DreamFusion, the hard switch, annealing)."""
+    """t uniform in [low, high], both of which may move over the run: plain, hard switch or annealed."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

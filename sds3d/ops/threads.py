@@ -5,6 +5,7 @@ A plain pool instead of numba's parallel layers: `workqueue` aborts the process 
 kernels split their work into fixed tasks that write to disjoint memory or to per-task buffers summed in order.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +54,7 @@ def map_slices(call: Callable[[slice], Result], count: int) -> list[Result]:
     """
     pieces = max(1, min(thread_count(), count))
     edges = [count * i // pieces for i in range(pieces + 1)]
-    parts = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
     if pieces == 1:
         return [call(parts[0])]
     pool = _pool(os.getpid(), pieces)

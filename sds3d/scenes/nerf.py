@@ -62,7 +62,7 @@ class NerfScene(Scene):
     pixel once, from the mean albedo and the mean normal along its ray.
     """
 
-    penalty_names = ("opacity", "entropy", "orientation", "distortion", "tv")
+    penalty_names = ("opacity", "entropy", "orientation", "distortion", "tv_density")
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -154,7 +154,7 @@ class NerfScene(Scene):
                 "entropy": lambda: penalty.binary_entropy(view.alpha).mean(),
                 "orientation": lambda: self._orientation(view, own),
                 "distortion": lambda: _distortion(own),
-                "tv": lambda: self._total_variation(own),
+                "tv_density": lambda: self._total_variation(own),
             }
         )
 

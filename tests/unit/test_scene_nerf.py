@@ -76,7 +76,7 @@ def ball_scene(**changes: object) -> NerfScene:
 def train(made: NerfScene, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         view = made.render(cameras([40.0 * step]), Shading(), STREAM.at(step), progress=step / 6)
-        loss = (view.rgb - 0.3).square().mean() + 0.01 * made.penalties(view)["tv"]
+        loss = (view.rgb - 0.3).square().mean() + 0.01 * made.penalties(view)["tv_density"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
