@@ -65,9 +65,13 @@ def read_splat_ply(path: Path) -> GaussianCloud:
         raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
     head, mark, body = raw.partition(b"end_header\n")
     lines = head.decode("ascii", "replace").split("\n")
-    names = [line.split()[2] for line in lines if line.startswith("property float ") and len(line.split()) == 3]
+    names = [
+        line.split()[2] for line in lines if line.startswith("property float ") and len(line.split()) == 3
+    ]
     counts = [line.split()[-1] for line in lines if line.startswith("element vertex ")]
-    fits = bool(mark) and "format binary_little_endian 1.0" in lines and len(counts) == 1 and counts[0].isdigit()
+    fits = (
+        bool(mark) and "format binary_little_endian 1.0" in lines and len(counts) == 1 and counts[0].isdigit()
+    )
     missing = [name for name in _FIELDS if name not in names and not name.startswith("n")]
     if not fits or missing or len(body) != int(counts[0]) * 4 * len(names):
         raise InputError(

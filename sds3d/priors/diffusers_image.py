@@ -241,17 +241,18 @@ class DiffusersPrior:
             if cameras is None and background is None:
                 rows.append(none[:, None].expand(views, CONDITION_SIZE))
                 continue
-            angles = (
-                (none,) * 3
-                if cameras is None
-                else (cameras.azimuth_deg, cameras.elevation_deg, cameras.radius)
-            )
+            azimuth = elevation = radius = none
+            if cameras is not None:
+                azimuth, elevation, radius = cameras.azimuth_deg, cameras.elevation_deg, cameras.radius
+            ground = none[:, None].expand(views, 3) if background is None else background
             rows.append(
                 condition_vector(
-                    *(value.to(self.device) for value in angles),
-                    none[:, None].expand(views, 3) if background is None else background.to(self.device),
-                    none + (cameras is not None),
-                    none + (background is not None),
+                    azimuth.to(self.device),
+                    elevation.to(self.device),
+                    radius.to(self.device),
+                    ground.to(self.device),
+                    none + float(cameras is not None),
+                    none + float(background is not None),
                 )
             )
         return torch.cat(rows).to(self.dtype)

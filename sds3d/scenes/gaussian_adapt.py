@@ -78,7 +78,9 @@ def relocate(rows: Rows, dead: Bool[Tensor, " g"], rng: Stream) -> Rows:
     moved = rows.take(index)
     changed = (copies > 1)[index]
     values = dict(moved.values)
-    opacity, scales = split_mass(_opacity(values)[changed], values["log_scales"][changed].exp(), copies[index][changed])
+    opacity, scales = split_mass(
+        _opacity(values)[changed], values["log_scales"][changed].exp(), copies[index][changed]
+    )
     values["opacity_logits"] = values["opacity_logits"].masked_scatter(changed, _logit(opacity))
     values["log_scales"] = values["log_scales"].masked_scatter(changed[:, None], scales.log())
     values["means"] = values["means"] + _within(values, rng.fork("offset")) * dead[:, None]

@@ -113,7 +113,9 @@ def colors_at(
     nearest = tree.query(points.cpu().numpy(), k=list(range(1, wanted + 1)), workers=1)[1]
     index = torch.from_numpy(nearest).to(means.device)
     away = points[:, None] - means[index]
-    along = (rotation_matrices(quats_wxyz)[index].transpose(2, 3) @ away[..., None]).squeeze(-1) / scales[index]
+    along = (rotation_matrices(quats_wxyz)[index].transpose(2, 3) @ away[..., None]).squeeze(-1) / scales[
+        index
+    ]
     # A softmax of logarithms: far from every Gaussian the nearest one still counts.
     weight = torch.softmax(torch.log(opacity[index]) - 0.5 * along.square().sum(-1), -1)
     return (weight[..., None] * color[index]).sum(1)

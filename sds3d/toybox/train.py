@@ -108,7 +108,7 @@ class Trainer:
         self.device = torch.device(config.device)
         torch.manual_seed(derive_seed(config.seed, "weights"))  # noqa: TID251 (layers initialise from it)
         self.model = build_model(VOCABULARY)
-        self.net = Trainable(self.model).to(self.device).to(memory_format=torch.channels_last)
+        self.net = Trainable(self.model).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.device.type == "cpu":
             # The fused CPU attention is slower than plain products at these sizes, above all backward.
             self.model.unet.set_attn_processor(AttnProcessor())
