@@ -17,6 +17,7 @@ arXiv:2111.11215, section 4.1 (activation after the interpolation).
 """
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -203,6 +204,26 @@ def _leaps(flat: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.ndarray, n
     return leap, np.concatenate([low[::-1], high[::-1]]).astype(np.float32)
 
 
+# Fresh pages from the system would cost more than the samples written to them, so tapes are used again.
+_idle_tapes: deque[np.ndarray] = deque(maxlen=64)
+
+
+class _Tape:
+    """Memory for the samples of one task, lent until the graph that needs it is gone."""
+
+    def __init__(self, rows: int) -> None:
+        try:
+            self.rows = _idle_tapes.pop()
+        except IndexError:
+            self.rows = np.zeros((0, kernels.TAPE_COLUMNS), np.float32)
+        if len(self.rows) < rows:
+            # The bound is generous, but only memory that samples are written to is ever touched.
+            self.rows = np.empty((rows, kernels.TAPE_COLUMNS), np.float32)  # noqa: TID251
+
+    def __del__(self) -> None:
+        _idle_tapes.append(self.rows)
+
+
 class _March(torch.autograd.Function):
     """The compiled march. Keeps one tape of samples per task, so the backward pass never looks at empty space."""
 
@@ -225,18 +246,19 @@ class _March(torch.autograd.Function):
         diagonal = 2 * math.sqrt(
             sum(((n - 1) / p) ** 2 for n, p in zip(shape[::-1], views[0, 16:], strict=True))
         )
-        most = rows * width * (int(diagonal / step) + 2) if recording else 0
+        most = rows * width * (int(diagonal / step) + 2)
+        nowhere = np.zeros((0, kernels.TAPE_COLUMNS), np.float32)
         bands, tasks = [], []
         for view in range(b):
             for row in range(0, height, rows):
-                # Memory is touched only as far as samples are written, so the bound costs nothing.
-                tape = np.empty((most, kernels.TAPE_COLUMNS), np.float32)  # noqa: TID251
+                tape = _Tape(most) if recording else None
                 band = (row, min(row + rows, height))
                 bands.append((view, band, tape))
                 tasks.append(
                     (flat, *shape, leap, _BRICK_SHIFT, box, views[view], step, _table(depth_scale),
                      np.float32(_TABLE_PER_LOGIT), np.float32(EMPTY_LOGIT), np.float32(OPAQUE), shifts[view],
-                     behind[view], *band, rgb[view], alpha[view], depth[view], normal[view], tape, counts[view])
+                     behind[view], *band, rgb[view], alpha[view], depth[view], normal[view],
+                     nowhere if tape is None else tape.rows, counts[view])
                 )  # fmt: skip
         run_tasks(kernels.march_forward, tasks)
         ctx.kept = (flat, shape, views, behind, counts, bands)
@@ -253,8 +275,8 @@ class _March(torch.autograd.Function):
 
         def accumulate(index: int) -> None:
             for view, band, tape in bands[index::_GRADIENT_BUFFERS]:
-                kernels.march_backward(
-                    flat, *shape, views[view], np.float32(OPAQUE), behind[view], *band, counts[view], tape,
+                kernels.march_backward(  # type: ignore[call-arg]
+                    flat, *shape, views[view], np.float32(OPAQUE), behind[view], *band, counts[view], tape.rows,
                     d_rgb[view], d_alpha[view], d_depth[view], d_normal[view], sums[index],
                 )  # fmt: skip
 

@@ -79,23 +79,22 @@ def density_lattice(
     return torch.from_numpy(density)
 
 
-def enclosed(matter: Bool[Tensor, "n n n"], gap_cells: int) -> Bool[Tensor, "n n n"]:
-    """Empty cells that no way wider than `gap_cells` joins with the outside: the inside of a thin, leaky shell.
+def enclosed(matter: Bool[Tensor, "n n n"], reach_cells: int) -> Bool[Tensor, "n n n"]:
+    """Empty cells inside a thin, leaky shell: those that a ball of radius `reach_cells` cannot enter from outside.
 
-    The shell's gaps are closed, the hollow behind is found, and grown back up to the shell and into its gaps. An
-    opening wider than the gap (a mug's mouth) stays open.
+    The shell is thickened until its gaps close, the hollow core behind it is found, and grown back up to the shell
+    and into the gaps. An opening wider than two radii (a mug's mouth) stays open, and what is too narrow for the
+    ball to stand in stays empty.
     """
-    reach = max(gap_cells, 1)
-    solid = np.pad(matter.cpu().numpy(), 2 * reach)
-    # Distance maps instead of repeated dilation: round, and as fast for any reach.
-    near = ndimage.distance_transform_edt(~solid) <= reach
-    closed = ndimage.distance_transform_edt(near) > reach
-    hollow = ndimage.binary_fill_holes(closed | solid) & ~(closed | solid)
-    if not hollow.any():
+    # The margin keeps the thickened shell from walling off the corners of the box.
+    solid = np.pad(matter.cpu().numpy(), reach_cells + 1)
+    # Distance maps instead of repeated dilation: round, and as fast for any radius.
+    thick = ndimage.distance_transform_edt(~solid) <= reach_cells
+    core = ndimage.binary_fill_holes(thick) & ~thick
+    if not core.any():
         return torch.zeros_like(matter)
-    around = ndimage.distance_transform_edt(~hollow) <= reach + 1
-    inside = (around & (closed | hollow) | hollow) & ~solid
-    crop = slice(2 * reach, -2 * reach)
+    inside = (ndimage.distance_transform_edt(~core) <= reach_cells + 1) & ~solid
+    crop = slice(reach_cells + 1, -reach_cells - 1)
     return torch.from_numpy(inside[crop, crop, crop].copy())
 
 

@@ -1,0 +1,322 @@
+"""`GaussianScene`: coloured 3D Gaussians, splatted, with members that come and go during the run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from scipy.spatial import cKDTree
+from torch import Tensor, nn
+
+from sds3d.config.option import option
+from sds3d.errors import ConfigError
+from sds3d.interfaces import Cameras, Material, Optimizer, ParamGroup, Render, Scene, Shading, Surface
+from sds3d.mathx import penalty
+from sds3d.mesh.isosurface import auto_iso, marching_cubes
+from sds3d.ops.splat import rasterize_gaussians
+from sds3d.rng import Stream
+from sds3d.scenes.gaussian_adapt import Rows, grow, relocate
+from sds3d.scenes.gaussian_density import colors_at, density_lattice, enclosed
+from sds3d.scenes.shade import shade
+
+PARAMETERS = ("means", "log_scales", "quats", "opacity_logits", "color_logits")
+_STATISTICS = ("gradient_sum", "gradient_count")
+_NEAREST = 3  # neighbours whose mean distance sets the first scales
+_SOLID = 4.0  # of the iso value: density of filled-in interiors
+
+
+@dataclass(frozen=True)
+class _View:
+    """What one render keeps for `adapt`."""
+
+    progress: float
+
+
+class GaussianScene(Scene):
+    """g Gaussians around the origin: mean, scales, rotation, opacity, and one colour for all directions.
+
+    Colours and opacities are sigmoids of logits, scales are exponentials. Rendering draws no random numbers. Lit
+    modes shade each pixel with the normal of the rendered depth.
+    """
+
+    penalty_names = ("opacity", "entropy", "scale", "anisotropy")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """`kind: gaussians`."""
+
+        count: int = option(4000, help="Gaussians at the start", ge=4, le=10_000_000)
+        cap: int = option(12_000, help="most Gaussians at any time", ge=4, le=10_000_000)
+        start: Literal["ball", "sphere"] = option(
+            "ball", help="where they start: in a ball or on its surface"
+        )
+        start_radius_m: float = option(0.5, help="radius of that ball", ge=0.01, le=10.0)
+        start_opacity: float = option(0.1, help="opacity at the start", ge=0.001, le=0.999)
+        bound_m: float = option(
+            1.05, help="Gaussians farther than this from the origin die", ge=0.01, le=100.0
+        )
+        adapt_every_steps: int = option(50, help="steps between changes of the set", ge=1, le=1_000_000)
+        adapt_from_frac: float = option(0.1, help="progress from which the set changes", ge=0.0, le=1.0)
+        adapt_until_frac: float = option(0.7, help="progress from which the set is final", ge=0.0, le=1.0)
+        grow_frac: float = option(
+            0.15,
+            help="share of new Gaussians per change, made of those with the largest gradients",
+            ge=0.0,
+            le=1.0,
+        )
+        split_above_m: float = option(
+            0.05, help="larger ones are split, smaller ones cloned", ge=0.0, le=10.0
+        )
+        dead_opacity: float = option(0.02, help="less opaque ones die", ge=0.0, le=1.0)
+        dead_scale_m: float = option(0.4, help="larger ones die", ge=0.0, le=100.0)
+        dead: Literal["relocate", "remove"] = option(
+            "relocate", help="what becomes of dead ones: moved onto opaque ones, or removed"
+        )
+        shell_gap_m: float = option(
+            0.06, help="mesh: holes up to this wide in the shell do not open the inside", ge=0.0, le=1.0
+        )
+        lr_means: float = option(0.005, help="learning rate of positions (m)", ge=0.0, le=10.0)
+        lr_log_scales: float = option(0.02, help="learning rate of log scales", ge=0.0, le=10.0)
+        lr_quats: float = option(0.01, help="learning rate of quaternions", ge=0.0, le=10.0)
+        lr_opacity_logits: float = option(0.05, help="learning rate of opacity logits", ge=0.0, le=10.0)
+        lr_color_logits: float = option(0.05, help="learning rate of colour logits", ge=0.0, le=10.0)
+
+        def __post_init__(self) -> None:
+            if self.cap < self.count:
+                raise ConfigError(f"scene: cap ({self.cap}) is smaller than count ({self.count})")
+
+    means: nn.Parameter
+    log_scales: nn.Parameter
+    quats: nn.Parameter
+    opacity_logits: nn.Parameter
+    color_logits: nn.Parameter
+    gradient_sum: Tensor
+    gradient_count: Tensor
+
+    def __init__(self, config: Config, rng: Stream) -> None:
+        super().__init__()
+        self.config = config
+        means = _start(config, rng.fork("means"))
+        count = len(means)
+        spacing = torch.from_numpy(cKDTree(means.numpy()).query(means.numpy(), k=_NEAREST + 1)[0])[
+            :, 1:
+        ].mean(1)
+        logit = math.log(config.start_opacity / (1 - config.start_opacity))
+        values = {
+            "means": means,
+            "log_scales": spacing.clamp_min(1e-4).float().log()[:, None].repeat(1, 3),
+            "quats": nn.functional.normalize(rng.fork("quats").normal(count, 4), dim=-1),
+            "opacity_logits": torch.full((count,), logit),
+            "color_logits": 0.1 * rng.fork("colors").normal(count, 3),
+        }
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(value))
+        for name in _STATISTICS:
+            self.register_buffer(name, torch.zeros(count))
+        self._adapt_rng = rng.fork("adapt")
+
+    @property
+    def scales(self) -> Float[Tensor, "g 3"]:
+        """Standard deviations along the Gaussians' axes, in metres."""
+        return self.log_scales.exp()
+
+    @property
+    def opacity(self) -> Float[Tensor, " g"]:
+        """Opacity in the middle of each splat."""
+        return torch.sigmoid(self.opacity_logits)
+
+    @property
+    def color(self) -> Float[Tensor, "g 3"]:
+        """Colours in sRGB."""
+        return torch.sigmoid(self.color_logits)
+
+    def render(self, cameras: Cameras, shading: Shading, rng: Stream, *, progress: float = 1.0) -> Render:
+        """Render b views over `shading.background`, or black."""
+        background = shading.background
+        if background is None:
+            background = self.means.new_zeros(len(cameras), 3)
+        plain = shading.mode == "albedo"
+        image = rasterize_gaussians(
+            self.means,
+            self.quats,
+            self.scales,
+            self.opacity,
+            self.color,
+            cameras,
+            background if plain else torch.zeros_like(background),
+        )
+        rgb, normal = image.rgb, None
+        if not plain:
+            if shading.light is None:
+                raise ConfigError(f"shading mode {shading.mode!r} needs light directions")
+            normal = depth_normals(image.depth, image.alpha, cameras)
+            rgb = _light(rgb, image.alpha, normal, shading) + (1 - image.alpha) * background[:, :, None, None]
+        return Render(rgb=rgb, alpha=image.alpha, depth=image.depth, normal=normal, private=_View(progress))
+
+    def groups(self) -> Sequence[ParamGroup]:
+        """One group per kind of parameter."""
+        return [
+            ParamGroup(name=name, params=[getattr(self, name)], lr=getattr(self.config, f"lr_{name}"))
+            for name in PARAMETERS
+        ]
+
+    def penalties(self, view: Render) -> Mapping[str, Float[Tensor, ""]]:
+        """Of the image: `opacity`, `entropy`. Of the set: `scale` (mean, m), `anisotropy` (mean log max/min scale)."""
+        spread = self.log_scales.amax(-1) - self.log_scales.amin(-1)
+        return {
+            "opacity": penalty.opacity(view.alpha).mean(),
+            "entropy": penalty.binary_entropy(view.alpha).mean(),
+            "scale": self.scales.mean(),
+            "anisotropy": spread.mean(),
+        }
+
+    def adapt(self, view: Render, optimizer: Optimizer, step: int) -> None:
+        """Gather positional gradients; on its steps, move or remove the dead and grow where gradients are large.
+
+        Published thresholds on the gradient belong to one loss and its scale. Here the `grow_frac` with the largest
+        mean gradient since the last change are chosen, which any guidance rule may scale as it likes.
+        """
+        self._gather_gradients()
+        config = self.config
+        progress = view.private.progress if isinstance(view.private, _View) else 1.0
+        if step == 0 or step % config.adapt_every_steps:
+            return
+        if not config.adapt_from_frac <= progress < config.adapt_until_frac:
+            return
+        with torch.no_grad():
+            rows = self._adapted(self._adapt_rng.at(step))
+        self._replace(rows, optimizer)
+
+    def _gather_gradients(self) -> None:
+        gradient = self.means.grad
+        if gradient is None:
+            return
+        norm = gradient.norm(dim=-1)
+        # A step with non-finite gradients was skipped by the optimiser; it says nothing here either.
+        norm = torch.where(torch.isfinite(norm).all(), norm, torch.zeros_like(norm))
+        self.gradient_sum += norm
+        self.gradient_count += norm > 0
+
+    def _adapted(self, rng: Stream) -> Rows:
+        config = self.config
+        rows = Rows.of({name: getattr(self, name).detach().clone() for name in PARAMETERS})
+        busy = self.gradient_sum / self.gradient_count.clamp_min(1)
+        dead = (
+            (self.opacity < config.dead_opacity)
+            | (self.scales.amax(-1) > config.dead_scale_m)
+            | (self.means.norm(dim=-1) > config.bound_m)
+        )
+        if config.dead == "relocate":
+            rows = relocate(rows, dead, rng.fork("relocate"))
+            busy = torch.where(rows.fresh, 0.0, busy)
+        elif not bool(dead.all()):
+            kept = (~dead).nonzero().squeeze(-1)
+            rows, busy = rows.take(kept), busy[kept]
+        count = len(rows.gather)
+        wanted = min(round(config.grow_frac * count), config.cap - count, int((busy > 0).sum()))
+        if wanted > 0:
+            chosen = torch.argsort(busy, descending=True, stable=True)[:wanted]
+            rows = grow(rows, chosen, config.split_above_m, rng.fork("grow"))
+        return rows
+
+    def _replace(self, rows: Rows, optimizer: Optimizer) -> None:
+        for name in PARAMETERS:
+            old: nn.Parameter = getattr(self, name)
+            new = nn.Parameter(rows.values[name].contiguous())
+            optimizer.replace(name, old, new, rows.gather, rows.fresh)
+            setattr(self, name, new)
+        for name in _STATISTICS:
+            setattr(self, name, torch.zeros_like(rows.values["opacity_logits"]))
+
+    def surface(self, cells_per_side: int) -> Surface:
+        """Marching cubes on the Gaussians' density, at an automatic iso, with the inside of the shell filled in.
+
+        Trained Gaussians form a thin, leaky shell; taken as it stands, it would give two walls joined through every
+        leak. Raises ExportError when there is nothing to see.
+        """
+        half = self._half_extent()
+        cell = 2 * half / cells_per_side
+        density = density_lattice(self.means, self.quats, self.scales, self.opacity, half, cells_per_side)
+        iso = auto_iso(density, cell)
+        # Between lattice points a Gaussian's logarithm is nearly linear, its value is not.
+        level = torch.log1p(density / iso)
+        inside = enclosed(density > iso, max(1, round(0.5 * self.config.shell_gap_m / cell)))
+        level = torch.where(inside, level.clamp_min(math.log1p(_SOLID)), level)
+        return marching_cubes(level, math.log(2.0), half)
+
+    def _half_extent(self) -> float:
+        with torch.no_grad():
+            seen = self.opacity >= self.config.dead_opacity
+            far = (self.means.abs().amax(-1) + 3 * self.scales.amax(-1))[seen]
+        return min(float(far.max()), 1.2 * self.config.bound_m) if len(far) else self.config.bound_m
+
+    def material(self, points: Float[Tensor, "n 3"]) -> Material:
+        """Base colour of the Gaussians around each point; dielectric, roughness 0.6."""
+        with torch.no_grad():
+            color = colors_at(points, self.means, self.quats, self.scales, self.opacity, self.color)
+        return Material(
+            base_color=color,
+            metallic=torch.zeros_like(color[:, :1]),
+            roughness=torch.full_like(color[:, :1], 0.6),
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Take on the number of Gaussians of the state; the parameters stay the same objects."""
+        for name in (*PARAMETERS, *_STATISTICS):
+            stored, own = state_dict.get(prefix + name), getattr(self, name)
+            if stored is not None and stored.shape[1:] == own.shape[1:] and len(stored) != len(own):
+                own.data = own.new_zeros(stored.shape)
+                own.grad = None
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def depth_normals(
+    depth: Float[Tensor, "b 1 H W"], alpha: Float[Tensor, "b 1 H W"], cameras: Cameras
+) -> Float[Tensor, "b 3 H W"]:
+    """Unit world normals, towards the camera, of the surface at the mean depth `depth / alpha`.
+
+    Tangents are differences to the neighbours on either side, weighted by the neighbours' alpha, so that the
+    silhouette does not bend them.
+    """
+    device, dtype = depth.device, depth.dtype
+    intrinsics = cameras.intrinsics.to(device, dtype)
+    x = torch.arange(cameras.width_px, device=device, dtype=dtype) + 0.5
+    y = torch.arange(cameras.height_px, device=device, dtype=dtype) + 0.5
+    slope_x = (x - intrinsics[:, 0, 2, None]) / intrinsics[:, 0, 0, None]
+    slope_y = (y - intrinsics[:, 1, 2, None]) / intrinsics[:, 1, 1, None]
+    mean = depth[:, 0] / alpha[:, 0].clamp_min(1e-3)
+    points = torch.stack([mean * slope_x[:, None, :], mean * slope_y[:, :, None], mean], 1)
+    across, down = _tangent(points, alpha, 3), _tangent(points, alpha, 2)
+    # x right, y down: down x across looks back at the camera.
+    normal = torch.linalg.cross(down, across, dim=1)
+    rotation = cameras.c2w[:, :3, :3].to(device, dtype)
+    return nn.functional.normalize(torch.einsum("bij,bjhw->bihw", rotation, normal), dim=1, eps=1e-12)
+
+
+def _tangent(points: Tensor, alpha: Tensor, dim: int) -> Tensor:
+    step = points.diff(dim=dim)
+    weight = alpha.detach()
+    size = points.shape[dim]
+    pad = torch.zeros_like(points.narrow(dim, 0, 1))
+    ahead, behind = torch.cat([step, pad], dim), torch.cat([pad, step], dim)
+    edge = torch.zeros_like(weight.narrow(dim, 0, 1))
+    weight_ahead = torch.cat([weight.narrow(dim, 1, size - 1), edge], dim)
+    weight_behind = torch.cat([edge, weight.narrow(dim, 0, size - 1)], dim)
+    return ahead * weight_ahead + behind * weight_behind
+
+
+def _light(rgb: Tensor, alpha: Tensor, normal: Tensor, shading: Shading) -> Tensor:
+    albedo = (rgb / alpha.clamp_min(1e-4)).movedim(1, -1)
+    assert shading.light is not None
+    light = shading.light.to(rgb)[:, None, None, :]
+    lit = Shading(mode=shading.mode, light=light, ambient=shading.ambient)
+    return alpha * shade(albedo, normal.movedim(1, -1), lit).movedim(-1, 1)
+
+
+def _start(config: GaussianScene.Config, rng: Stream) -> Float[Tensor, "g 3"]:
+    direction = nn.functional.normalize(rng.fork("direction").normal(config.count, 3), dim=-1)
+    if config.start == "sphere":
+        return direction * config.start_radius_m
+    return direction * rng.fork("radius").uniform(config.count, 1) ** (1 / 3) * config.start_radius_m
