@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,7 +155,7 @@ def sample_questions(
         told = prior.takes_condition
         pictures.append(
             sample(
-                cast(Prior, prior),  # a protocol's mutable attributes are invariant to the type checker
+                prior,
                 prior.encode_text([q.prompt for q in rows]),
                 null.expand(len(rows), -1, -1),
                 torch.cat(noise).to(prior.device),

@@ -32,7 +32,7 @@ from sds3d.toybox.captions import VOCABULARY
 from sds3d.toybox.model import IMAGE_PX, PATCH_PX, ToyboxModel, build_model, save_model
 from sds3d.toybox.pool import open_pool
 
-MAX_WEIGHT = 5.0
+MAX_WEIGHT = 2.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Trainable(nn.Module):
 def denoising_loss(
     net: Callable[..., Tensor], batch: Batch, alphas_cumprod: Tensor, autocast: torch.autocast
 ) -> Tensor:
-    """Mean of min(1 / sigma^2, 5) ||x0_hat - x0||^2: the v-prediction loss, capped near t = 0."""
+    """Mean of min(1 / sigma^2, 2) ||x0_hat - x0||^2: the v-prediction loss, capped near t = 0."""
     a2 = alphas_cumprod[batch.step][:, None, None, None]
     x_t = a2.sqrt() * batch.x0 + (1 - a2).sqrt() * batch.noise
     with autocast:
@@ -245,7 +245,7 @@ def parse(argv: list[str] | None) -> tuple[TrainConfig, Path]:
     )
     parser.add_argument("--decay-images", type=int, default=400_000, help="length of the final decay")
     parser.add_argument("--pool-images", type=int, default=131_072)
-    parser.add_argument("--batch", type=int, default=32, help="images per process and step")
+    parser.add_argument("--batch", type=int, default=16, help="images per process and step")
     parser.add_argument("--processes", type=int, default=None, help="default: all CPUs, or 1 on CUDA")
     parser.add_argument("--sync-steps", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)

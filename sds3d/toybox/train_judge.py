@@ -302,7 +302,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pool-images", type=int, default=65_536)
     parser.add_argument("--pool-seed", type=int, default=0)
     parser.add_argument(
-        "--images", type=int, default=400_000, help="total images to see, earlier runs included"
+        "--images", type=int, default=256_000, help="total images to see, earlier runs included"
     )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)

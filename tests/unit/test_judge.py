@@ -299,6 +299,9 @@ class OnePicturePrior:
     """The optimal denoiser of a single picture: DDIM must return that picture from any noise."""
 
     schedule = CosineSchedule()
+    device = torch.device("cpu")
+    shape = (3, 4, 4)
+    image_px = 4
 
     def __init__(self, picture: torch.Tensor) -> None:
         self.picture, self.calls = picture, []
@@ -308,8 +311,17 @@ class OnePicturePrior:
         a, s = self.schedule.alpha(t), self.schedule.sigma(t)
         return tuple(eps_from_x0(x, self.picture.expand_as(x), a, s) for _ in told)
 
+    def encode(self, rgb):
+        return rgb * 2 - 1
+
     def decode(self, x):
         return (x + 1) / 2
+
+    def encode_text(self, prompts):
+        return torch.zeros(len(prompts), 1, 1)
+
+    def warnings(self, prompts):
+        return []
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
