@@ -42,6 +42,7 @@ from sds3d.interfaces import Scene, Shading
 from sds3d.job import JobConfig, pick_device
 from sds3d.mesh.files import load_mesh
 from sds3d.mesh.textured import render_textured
+from sds3d.ops.threads import one_thread_per_call
 from sds3d.optimize import Loop, build_loop
 from sds3d.paths import claim_folder, claim_run_folder, write_atomic
 from sds3d.rng import Stream, Streams
@@ -126,14 +127,15 @@ def generate(
     job.validate()
     folder = claim_folder(out) if out is not None else claim_run_folder(config_name, job.text())
     run = _Run(job, folder, stop or Stop(), _new_manifest(job, config_name), list(listeners))
-    try:
-        run.note(status="running")
-        write_atomic(folder / "config.yaml", dump(job).encode("utf-8"))
-        loop = _build(run)
-    except BaseException:
-        _withdraw(folder)
-        raise
-    return _drive(run, loop)
+    with one_thread_per_call(pick_device(job.device)):
+        try:
+            run.note(status="running")
+            write_atomic(folder / "config.yaml", dump(job).encode("utf-8"))
+            loop = _build(run)
+        except BaseException:
+            _withdraw(folder)
+            raise
+        return _drive(run, loop)
 
 
 def _withdraw(folder: Path) -> None:
@@ -163,11 +165,12 @@ def resume(folder: Path, *, listeners: Sequence[Emit] = (), stop: Stop | None = 
     job.validate()
     saved = _last_checkpoint(folder, job)
     run = _Run(job, folder, stop or Stop(), manifest, list(listeners))
-    loop = _build(run)
-    if saved is not None:
-        loop.load_state_dict(saved.tensors)
-    run.note(status="running", error=None)
-    return _drive(run, loop)
+    with one_thread_per_call(pick_device(job.device)):
+        loop = _build(run)
+        if saved is not None:
+            loop.load_state_dict(saved.tensors)
+        run.note(status="running", error=None)
+        return _drive(run, loop)
 
 
 def export(folder: Path, formats: Sequence[str] = (), *, listeners: Sequence[Emit] = ()) -> RunResult:
@@ -181,7 +184,9 @@ def export(folder: Path, formats: Sequence[str] = (), *, listeners: Sequence[Emi
     run = _Run(job, folder, Stop(), manifest, list(listeners))
     scene = SCENES[job.scene.kind](job.scene.config, Streams(job.seed).stream("init"))
     _restore(scene, saved)
-    files = _export(run, scene.to(pick_device(job.device)), saved.step)
+    device = pick_device(job.device)
+    with one_thread_per_call(device):
+        files = _export(run, scene.to(device), saved.step)
     run.emit(Finished(status="done", folder=folder, files=files, seconds=run.seconds()))
     return RunResult(status="done", folder=folder, files=files, steps_done=saved.step, seconds=run.seconds())
 

@@ -7,8 +7,9 @@ kernels split their work into fixed tasks that write to disjoint memory or to pe
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -32,6 +33,22 @@ def _pool(pid: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(
         threads, thread_name_prefix="sds3d-kernel", initializer=torch.set_num_threads, initargs=(1,)
     )
+
+
+@contextmanager
+def one_thread_per_call(device: torch.device) -> Iterator[None]:
+    """On the CPU, torch operators inside the block use one thread each.
+
+    Parallelism comes from our own tasks instead: an OpenMP team that waits for a busy core makes a run on a shared
+    machine many times slower, and sums inside operators no longer depend on the number of cores.
+    """
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_tasks(kernel: Callable[..., None], tasks: Sequence[tuple[Any, ...]]) -> None:

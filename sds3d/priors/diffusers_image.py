@@ -5,7 +5,8 @@ length, camera condition. Above this file there is only eps(x_t, t) with t in [0
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from sds3d.errors import PriorError
 from sds3d.interfaces import Told
@@ -74,11 +76,24 @@ class Parts:
     extra: dict[str, Any]
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of transformers: loading a local file is not worth a line on the terminal."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def _component(folder: Path, name: str, load: Any, **options: Any) -> Any:
     if not (folder / name).is_dir():
         raise PriorError(f"{folder}: no {name}/ inside; expected a complete diffusers pipeline folder")
     try:
-        return load(folder / name, local_files_only=True, **options)
+        with _quiet():
+            return load(folder / name, local_files_only=True, **options)
     except (OSError, ValueError, KeyError) as error:
         raise PriorError(f"{folder / name}: cannot be loaded ({error}); download or copy it again") from error
 

@@ -1,101 +1,168 @@
-"""From Gaussians to a solid: their density on a lattice, the interior behind their shell, their colour at points.
+"""From Gaussians to a solid: what is hidden from every side, and the colour at points.
 
-A Gaussian of opacity o is read as matter that a ray through its middle, along its thinnest axis, meets with optical
-depth -log(1 - o): sigma(x) = -log(1 - o) / (sqrt(2 pi) s_min) exp(-1/2 (x - m)^T Sigma^-1 (x - m)), in 1/m.
+Trained Gaussians form a cloudy shell around nothing: an iso-surface of their density is torn and has two sides. What
+they do show reliably is how opaque they are from outside. Hence, as in Gaussian Opacity Fields (Yu et al. 2024,
+arXiv:2404.10772), a point is solid to the degree that matter hides it from wherever one looks:
+
+    O(x) = min_v (1 - T_v(x)),   T_v(x) = exp(-optical depth between x and the viewer v)
+
+O is near 0 wherever some view sees the point and near 1 inside, however thin the shell and empty the inside; the
+solid O > 1/2 has the silhouettes that are more than half opaque. Instead of the smallest value the third smallest is
+taken, so that one leak does not dig a tunnel. Views from far below are left out: training hardly looks there, and
+what it never saw shall stay closed.
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from numba import njit
 from numpy.typing import NDArray
-from scipy import ndimage
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from sds3d.ops.splat_reference import rotation_matrices
+from sds3d.ops.splat_reference import ALPHA_MAX, ALPHA_MIN, rotation_matrices
 from sds3d.ops.threads import run_tasks
 
 Floats = NDArray[np.float32]
-_REACH = 3.0  # standard deviations
-_SLAB = 8  # planes of the lattice per task
+_RANK = 3  # of the views, ordered by what they see, the one that decides
+_ELEVATIONS_DEG = (-10.0, 12.0, 35.0, 60.0)
+_AZIMUTHS = 9  # per elevation
+_SLAB = 8  # planes of a lattice per task
+_REACH = 3.0  # standard deviations along the view axis
 _NEIGHBOURS = 8
-_OPACITY_MAX = 0.995
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _add_slab(first, last, means, precision, peak, reach, low, cell, density):  # type: ignore[no-untyped-def]
-    """density[i, j, k] += sum of all Gaussians at low + cell (i, j, k), for planes i of first..last."""
-    side = density.shape[1]
+def _column_constants(covariance, blur, cell):  # type: ignore[no-untyped-def]
+    """Of one Gaussian seen along z: inverse image covariance, slopes dz/dx and dz/dy, depth spread, box sides."""
+    xx, xy, yy = covariance[0, 0] + blur, covariance[0, 1], covariance[1, 1] + blur
+    xz, yz, zz = covariance[0, 2], covariance[1, 2], covariance[2, 2]
+    det = xx * yy - xy * xy
+    a, b, c = yy / det, -xy / det, xx / det
+    slope_x, slope_y = a * xz + b * yz, b * xz + c * yz
+    spread = math.sqrt(max(zz - slope_x * xz - slope_y * yz, 0.0) + 0.25 * cell * cell)
+    return a, b, c, slope_x, slope_y, spread, math.sqrt(xx), math.sqrt(yy)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _hide_slab(first, last, means, covariances, opacity, blur, half, cell, hidden):  # type: ignore[no-untyped-def]
+    """hidden[i, j, k] = 1 - T at lattice points, seen along +k; planes i of first..last."""
+    side = hidden.shape[1]
     for g in range(means.shape[0]):
-        i0 = max(math.ceil((means[g, 0] - reach[g, 0] - low) / cell), first)
-        i1 = min(math.floor((means[g, 0] + reach[g, 0] - low) / cell), last - 1)
-        j0 = max(math.ceil((means[g, 1] - reach[g, 1] - low) / cell), 0)
-        j1 = min(math.floor((means[g, 1] + reach[g, 1] - low) / cell), side - 1)
-        k0 = max(math.ceil((means[g, 2] - reach[g, 2] - low) / cell), 0)
-        k1 = min(math.floor((means[g, 2] + reach[g, 2] - low) / cell), side - 1)
-        xx, xy, xz = precision[g, 0, 0], precision[g, 0, 1], precision[g, 0, 2]
-        yy, yz, zz = precision[g, 1, 1], precision[g, 1, 2], precision[g, 2, 2]
+        reach = 2.0 * math.log(max(opacity[g] / ALPHA_MIN, 1.0))
+        a, b, c, slope_x, slope_y, spread, size_x, size_y = _column_constants(covariances[g], blur, cell)
+        reach_x, reach_y = math.sqrt(reach) * size_x, math.sqrt(reach) * size_y
+        i0 = max(math.ceil((means[g, 0] - reach_x + half) / cell), first)
+        i1 = min(math.floor((means[g, 0] + reach_x + half) / cell), last - 1)
+        j0 = max(math.ceil((means[g, 1] - reach_y + half) / cell), 0)
+        j1 = min(math.floor((means[g, 1] + reach_y + half) / cell), side - 1)
         for i in range(i0, i1 + 1):
-            x = low + i * cell - means[g, 0]
+            dx = i * cell - half - means[g, 0]
             for j in range(j0, j1 + 1):
-                y = low + j * cell - means[g, 1]
-                plane = xx * x * x + yy * y * y + 2.0 * xy * x * y
-                line = 2.0 * (xz * x + yz * y)
+                dy = j * cell - half - means[g, 1]
+                distance = a * dx * dx + 2.0 * b * dx * dy + c * dy * dy
+                if distance > reach:
+                    continue
+                alpha = min(opacity[g] * math.exp(-0.5 * distance), ALPHA_MAX)
+                depth = -math.log(1.0 - alpha) * cell / (math.sqrt(2.0 * math.pi) * spread)
+                z = means[g, 2] + slope_x * dx + slope_y * dy + half
+                k0 = max(math.ceil((z - _REACH * spread) / cell), 0)
+                k1 = min(math.floor((z + _REACH * spread) / cell), side - 1)
                 for k in range(k0, k1 + 1):
-                    z = low + k * cell - means[g, 2]
-                    distance = plane + (line + zz * z) * z
-                    if distance < 9.0:
-                        density[i, j, k] += peak[g] * math.exp(-0.5 * distance)
+                    u = (k * cell - z) / spread
+                    hidden[i, j, k] += depth * math.exp(-0.5 * u * u)
+    for i in range(first, last):
+        for j in range(side):
+            before = 0.0
+            for k in range(side):
+                here = hidden[i, j, k]
+                hidden[i, j, k] = 1.0 - math.exp(-(before + 0.5 * here))
+                before += here
 
 
-def density_lattice(
+@njit(nogil=True, cache=True, error_model="numpy")
+def _rank_slab(first, last, turn, half, cell, hidden, least):  # type: ignore[no-untyped-def]
+    """Sort what this view sees at world points (planes first..last) into their ascending `least` values."""
+    side = hidden.shape[0]
+    for i in range(first, last):
+        for j in range(side):
+            for k in range(side):
+                x, y, z = i * cell - half, j * cell - half, k * cell - half
+                u = (turn[0, 0] * x + turn[0, 1] * y + turn[0, 2] * z + half) / cell
+                v = (turn[1, 0] * x + turn[1, 1] * y + turn[1, 2] * z + half) / cell
+                w = (turn[2, 0] * x + turn[2, 1] * y + turn[2, 2] * z + half) / cell
+                value = 0.0
+                # Outside the view's box lies nothing: the box holds a ball that holds all Gaussians.
+                if 0.0 <= u < side - 1 and 0.0 <= v < side - 1 and 0.0 <= w < side - 1:
+                    value = _trilinear(hidden, u, v, w)
+                elif 0.0 <= u < side - 1 and 0.0 <= v < side - 1 and w >= side - 1:
+                    value = hidden[int(u + 0.5), int(v + 0.5), side - 1]
+                for rank in range(least.shape[3]):
+                    if value < least[i, j, k, rank]:
+                        least[i, j, k, rank], value = value, least[i, j, k, rank]
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _trilinear(values, u, v, w):  # type: ignore[no-untyped-def]
+    i, j, k = int(u), int(v), int(w)
+    u, v, w = u - i, v - j, w - k
+    low = (values[i, j, k] * (1 - u) + values[i + 1, j, k] * u) * (1 - v)
+    low += (values[i, j + 1, k] * (1 - u) + values[i + 1, j + 1, k] * u) * v
+    high = (values[i, j, k + 1] * (1 - u) + values[i + 1, j, k + 1] * u) * (1 - v)
+    high += (values[i, j + 1, k + 1] * (1 - u) + values[i + 1, j + 1, k + 1] * u) * v
+    return low * (1 - w) + high * w
+
+
+def solid_lattice(
     means: Float[Tensor, "g 3"],
     quats_wxyz: Float[Tensor, "g 4"],
     scales: Float[Tensor, "g 3"],
     opacity: Float[Tensor, " g"],
+    *,
     half_extent: float,
     cells_per_side: int,
+    blur_m: float,
 ) -> Float[Tensor, "n n n"]:
-    """Density in 1/m at n = cells + 1 points per side of the cube [-half_extent, half_extent]^3, axes x, y, z.
+    """O in [0, 1] at n = cells + 1 points per side of the cube [-half_extent, half_extent]^3, axes x, y, z.
 
-    Each Gaussian is blurred by half a cell, keeping its mass, so that a thin one cannot fall between the points;
-    cut off at three standard deviations.
+    `blur_m` is the standard deviation that rendering adds to a splat; the ball of radius `half_extent` must hold
+    all Gaussians.
     """
     cell = 2 * half_extent / cells_per_side
-    m, s, o = means.detach().cpu().double(), scales.detach().cpu().double(), opacity.detach().cpu().double()
-    rotation = rotation_matrices(quats_wxyz.detach().cpu().double())
-    blurred = s.square() + (0.5 * cell) ** 2
-    depth = -torch.log1p(-o.clamp_max(_OPACITY_MAX))
-    peak = depth / (math.sqrt(2 * math.pi) * s.amin(-1)) * (s.square() / blurred).prod(-1).sqrt()
-    precision = (rotation / blurred[:, None, :]) @ rotation.transpose(1, 2)
-    spread = ((rotation.square() * blurred[:, None, :]).sum(-1)).sqrt()
-    arrays = [t.float().contiguous().numpy() for t in (m, precision, peak, _REACH * spread)]
-    density = np.zeros((cells_per_side + 1,) * 3, np.float32)
-    slabs = [(i, min(i + _SLAB, len(density))) for i in range(0, len(density), _SLAB)]
-    run_tasks(_add_slab, [(*slab, *arrays, -half_extent, cell, density) for slab in slabs])
-    return torch.from_numpy(density)
+    seen = (opacity >= ALPHA_MIN).nonzero().squeeze(-1)
+    m, s, o = (value.detach()[seen].cpu().double() for value in (means, scales, opacity))
+    axes = rotation_matrices(quats_wxyz.detach()[seen].cpu().double()) * s[:, None, :]
+    side = cells_per_side + 1
+    least = np.full((side, side, side, _RANK), 1.0, np.float32)
+    slabs = [(first, min(first + _SLAB, side)) for first in range(0, side, _SLAB)]
+    for turn in _view_frames():
+        turned = turn @ axes
+        covariance = turned @ turned.transpose(1, 2)
+        hidden = np.zeros((side, side, side), np.float32)
+        arrays = ((m @ turn.T).numpy(), covariance.numpy(), o.numpy(), blur_m**2, half_extent, cell, hidden)
+        run_tasks(_hide_slab, [(*slab, *arrays) for slab in slabs])
+        run_tasks(_rank_slab, [(*slab, turn.numpy(), half_extent, cell, hidden, least) for slab in slabs])
+    return torch.from_numpy(least[..., _RANK - 1].copy())
 
 
-def enclosed(matter: Bool[Tensor, "n n n"], reach_cells: int) -> Bool[Tensor, "n n n"]:
-    """Empty cells inside a thin, leaky shell: those that a ball of radius `reach_cells` cannot enter from outside.
-
-    The shell is thickened until its gaps close, the hollow core behind it is found, and grown back up to the shell
-    and into the gaps. An opening wider than two radii (a mug's mouth) stays open, and what is too narrow for the
-    ball to stand in stays empty.
-    """
-    # The margin keeps the thickened shell from walling off the corners of the box.
-    solid = np.pad(matter.cpu().numpy(), reach_cells + 1)
-    # Distance maps instead of repeated dilation: round, and as fast for any radius.
-    thick = ndimage.distance_transform_edt(~solid) <= reach_cells
-    core = ndimage.binary_fill_holes(thick) & ~thick
-    if not core.any():
-        return torch.zeros_like(matter)
-    inside = (ndimage.distance_transform_edt(~core) <= reach_cells + 1) & ~solid
-    crop = slice(reach_cells + 1, -reach_cells - 1)
-    return torch.from_numpy(inside[crop, crop, crop].copy())
+def _view_frames() -> Iterator[Float[Tensor, "3 3"]]:
+    """World-to-view rotations (rows: right, down, forward) of parallel views from all around and from above."""
+    directions = [(0.0, 89.0)]
+    for row, elevation in enumerate(_ELEVATIONS_DEG):
+        # Rows are staggered, so that no two views share an azimuth.
+        directions += [
+            (360.0 * (i + row / len(_ELEVATIONS_DEG)) / _AZIMUTHS, elevation) for i in range(_AZIMUTHS)
+        ]
+    for azimuth, elevation in directions:
+        a, e = math.radians(azimuth), math.radians(elevation)
+        forward = torch.tensor(
+            [-math.sin(a) * math.cos(e), -math.sin(e), -math.cos(a) * math.cos(e)], dtype=torch.float64
+        )
+        right = torch.tensor([math.cos(a), 0.0, -math.sin(a)], dtype=torch.float64)
+        yield torch.stack([right, torch.linalg.cross(forward, right), forward])
 
 
 def colors_at(

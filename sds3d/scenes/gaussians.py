@@ -11,20 +11,21 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from sds3d.config.option import option
-from sds3d.errors import ConfigError
+from sds3d.errors import ConfigError, ExportError
 from sds3d.interfaces import Cameras, Material, Optimizer, ParamGroup, Render, Scene, Shading, Surface
 from sds3d.mathx import penalty
-from sds3d.mesh.isosurface import auto_iso, marching_cubes
+from sds3d.mesh.isosurface import marching_cubes
 from sds3d.ops.splat import rasterize_gaussians
+from sds3d.ops.splat_reference import BLUR_PX2
 from sds3d.rng import Stream
 from sds3d.scenes.gaussian_adapt import Rows, grow, relocate
-from sds3d.scenes.gaussian_density import colors_at, density_lattice, enclosed
+from sds3d.scenes.gaussian_density import colors_at, solid_lattice
 from sds3d.scenes.shade import shade
 
 PARAMETERS = ("means", "log_scales", "quats", "opacity_logits", "color_logits")
 _STATISTICS = ("gradient_sum", "gradient_count")
 _NEAREST = 3  # neighbours whose mean distance sets the first scales
-_SOLID = 4.0  # of the iso value: density of filled-in interiors
+_SURFACE = 0.4  # opacity from outside at which the solid begins
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class _View:
     """What one render keeps for `adapt`."""
 
     progress: float
+    pixel_m: float  # side of a pixel at the origin
 
 
 class GaussianScene(Scene):
@@ -74,9 +76,6 @@ class GaussianScene(Scene):
         dead: Literal["relocate", "remove"] = option(
             "relocate", help="what becomes of dead ones: moved onto opaque ones, or removed"
         )
-        shell_gap_m: float = option(
-            0.06, help="mesh: holes up to this wide in the shell do not open the inside", ge=0.0, le=1.0
-        )
         lr_means: float = option(0.005, help="learning rate of positions (m)", ge=0.0, le=10.0)
         lr_log_scales: float = option(0.02, help="learning rate of log scales", ge=0.0, le=10.0)
         lr_quats: float = option(0.01, help="learning rate of quaternions", ge=0.0, le=10.0)
@@ -94,6 +93,7 @@ class GaussianScene(Scene):
     color_logits: nn.Parameter
     gradient_sum: Tensor
     gradient_count: Tensor
+    pixel_m: Tensor  # of the last training view: how wide the Gaussians were when they were fitted
 
     def __init__(self, config: Config, rng: Stream) -> None:
         super().__init__()
@@ -115,6 +115,7 @@ class GaussianScene(Scene):
             self.register_parameter(name, nn.Parameter(value))
         for name in _STATISTICS:
             self.register_buffer(name, torch.zeros(count))
+        self.register_buffer("pixel_m", torch.zeros(()))
         self._adapt_rng = rng.fork("adapt")
 
     @property
@@ -153,7 +154,8 @@ class GaussianScene(Scene):
                 raise ConfigError(f"shading mode {shading.mode!r} needs light directions")
             normal = depth_normals(image.depth, image.alpha, cameras)
             rgb = _light(rgb, image.alpha, normal, shading) + (1 - image.alpha) * background[:, :, None, None]
-        return Render(rgb=rgb, alpha=image.alpha, depth=image.depth, normal=normal, private=_View(progress))
+        own = _View(progress, float((cameras.radius / cameras.intrinsics[:, 1, 1]).mean()))
+        return Render(rgb=rgb, alpha=image.alpha, depth=image.depth, normal=normal, private=own)
 
     def groups(self) -> Sequence[ParamGroup]:
         """One group per kind of parameter."""
@@ -178,12 +180,12 @@ class GaussianScene(Scene):
         Published thresholds on the gradient belong to one loss and its scale. Here the `grow_frac` with the largest
         mean gradient since the last change are chosen, which any guidance rule may scale as it likes.
         """
+        own, config = _of(view), self.config
         self._gather_gradients()
-        config = self.config
-        progress = view.private.progress if isinstance(view.private, _View) else 1.0
+        self.pixel_m.fill_(own.pixel_m)
         if step == 0 or step % config.adapt_every_steps:
             return
-        if not config.adapt_from_frac <= progress < config.adapt_until_frac:
+        if not config.adapt_from_frac <= own.progress < config.adapt_until_frac:
             return
         with torch.no_grad():
             rows = self._adapted(self._adapt_rng.at(step))
@@ -231,26 +233,31 @@ class GaussianScene(Scene):
             setattr(self, name, torch.zeros_like(rows.values["opacity_logits"]))
 
     def surface(self, cells_per_side: int) -> Surface:
-        """Marching cubes on the Gaussians' density, at an automatic iso, with the inside of the shell filled in.
+        """The boundary of what is hidden from all sides, closed; see `gaussian_density`.
 
-        Trained Gaussians form a thin, leaky shell; taken as it stands, it would give two walls joined through every
-        leak. Raises ExportError when there is nothing to see.
+        Raises ExportError when nothing is more than half opaque.
         """
-        half = self._half_extent()
-        cell = 2 * half / cells_per_side
-        density = density_lattice(self.means, self.quats, self.scales, self.opacity, half, cells_per_side)
-        iso = auto_iso(density, cell)
-        # Between lattice points a Gaussian's logarithm is nearly linear, its value is not.
-        level = torch.log1p(density / iso)
-        inside = enclosed(density > iso, max(1, round(0.5 * self.config.shell_gap_m / cell)))
-        level = torch.where(inside, level.clamp_min(math.log1p(_SOLID)), level)
-        return marching_cubes(level, math.log(2.0), half)
-
-    def _half_extent(self) -> float:
         with torch.no_grad():
             seen = self.opacity >= self.config.dead_opacity
-            far = (self.means.abs().amax(-1) + 3 * self.scales.amax(-1))[seen]
-        return min(float(far.max()), 1.2 * self.config.bound_m) if len(far) else self.config.bound_m
+            reach = (self.means.norm(dim=-1) + 3 * self.scales.amax(-1))[seen]
+        limit = 1.2 * self.config.bound_m
+        half = min(float(reach.max()), limit) if len(reach) else limit
+        pixel = float(self.pixel_m) or 2 * half / cells_per_side
+        solid = solid_lattice(
+            self.means,
+            self.quats,
+            self.scales,
+            self.opacity,
+            half_extent=half,
+            cells_per_side=cells_per_side,
+            blur_m=math.sqrt(BLUR_PX2) * pixel,
+        )
+        if not float(solid.max()) > _SURFACE:
+            raise ExportError(
+                f"the scene is empty: its most hidden point is {float(solid.max()):.0%} opaque from outside, a surface "
+                f"needs {_SURFACE:.0%}. Train longer, or lower the weight of the opacity penalty."
+            )
+        return marching_cubes(solid, _SURFACE, half)
 
     def material(self, points: Float[Tensor, "n 3"]) -> Material:
         """Base colour of the Gaussians around each point; dielectric, roughness 0.6."""
@@ -270,6 +277,12 @@ class GaussianScene(Scene):
                 own.data = own.new_zeros(stored.shape)
                 own.grad = None
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _of(view: Render) -> _View:
+    if not isinstance(view.private, _View):
+        raise TypeError("this render was not made by a GaussianScene")
+    return view.private
 
 
 def depth_normals(
