@@ -49,7 +49,15 @@ def load_prior(config: PriorConfig, device: torch.device) -> Prior:
         PriorError: unknown name, missing folder, or a folder that is not a complete pipeline.
     """
     known = known_priors()
-    folder = known[config.name].folder if config.name in known else Path(config.name)
+    if config.name in known:
+        folder = known[config.name].folder
+        if not folder.is_dir():
+            raise PriorError(
+                f"prior {config.name!r}: its files are missing from {folder}; install sds3d again, "
+                "or give another prior from `sds3d priors` or a folder"
+            )
+    else:
+        folder = Path(config.name)
     if not folder.is_dir():
         raise PriorError(
             f"prior {config.name!r}: not one of {', '.join(sorted(known))} and no such folder; "

@@ -6,14 +6,16 @@ arXiv:2404.10772), a point is solid to the degree that matter hides it from wher
 
     O(x) = min_v (1 - T_v(x)),   T_v(x) = exp(-optical depth between x and the viewer v)
 
-O is near 0 wherever some view sees the point and near 1 inside, however thin the shell and empty the inside; the
-solid O > 1/2 has the silhouettes that are more than half opaque. Instead of the smallest value the third smallest is
-taken, so that one leak does not dig a tunnel. Views from far below are left out: training hardly looks there, and
+O is near 0 wherever some view sees the point and near 1 inside, however thin the shell and empty the inside. At the
+rim of a silhouette, where a ray is half opaque in all, its middle is hidden by O = 1 - sqrt(1/2) from either end:
+that is the level of the surface. Instead of the smallest value the third smallest is taken, so that one leak does not
+dig a tunnel. Views from far below are left out: training hardly looks there, and
 what it never saw shall stay closed.
 """
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,8 +25,10 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from sds3d.ops.splat_reference import ALPHA_MAX, ALPHA_MIN, rotation_matrices
-from sds3d.ops.threads import run_tasks
+from sds3d.interfaces import Cameras
+from sds3d.ops.splat import rasterize_gaussians
+from sds3d.ops.splat_reference import ALPHA_MAX, ALPHA_MIN, project, rotation_matrices, view_matrices
+from sds3d.ops.threads import run_tasks, thread_count
 
 Floats = NDArray[np.float32]
 _RANK = 3  # of the views, ordered by what they see, the one that decides
@@ -33,6 +37,7 @@ _AZIMUTHS = 9  # per elevation
 _SLAB = 8  # planes of a lattice per task
 _REACH = 3.0  # standard deviations along the view axis
 _NEIGHBOURS = 8
+_HIDDEN_SHARE = 0.05  # Gaussians that show less than this are no part of the surface
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -148,6 +153,104 @@ def solid_lattice(
     return torch.from_numpy(least[..., _RANK - 1].copy())
 
 
+@dataclass(frozen=True)
+class Palette:
+    """Gaussians that can be asked for the colour at a point of their surface."""
+
+    tree: cKDTree
+    means: Float[Tensor, "g 3"]
+    whiten: Float[Tensor, "g 3 3"]  # world offsets to standard deviations
+    log_weight: Float[Tensor, " g"]
+    color: Float[Tensor, "g 3"]
+
+    def colors_at(self, points: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
+        """Mean colour of the eight nearest Gaussians, weighted by opacity, visibility and density at the point."""
+        count = min(_NEIGHBOURS, len(self.means))
+        ranks = list(range(1, count + 1))
+        nearest = self.tree.query(points.detach().cpu().numpy(), k=ranks, workers=thread_count())[1]
+        index = torch.from_numpy(nearest).to(self.means.device)
+        away = (self.whiten[index] @ (points[:, None] - self.means[index])[..., None]).squeeze(-1)
+        # A softmax of logarithms: far from every Gaussian the nearest one still counts.
+        weight = torch.softmax(self.log_weight[index] - 0.5 * away.square().sum(-1), -1)
+        return (weight[..., None] * self.color[index]).sum(1)
+
+
+def make_palette(
+    means: Float[Tensor, "g 3"],
+    quats_wxyz: Float[Tensor, "g 4"],
+    scales: Float[Tensor, "g 3"],
+    opacity: Float[Tensor, " g"],
+    color: Float[Tensor, "g 3"],
+    pixel_m: float,
+) -> Palette:
+    """The palette of what can be seen: hidden Gaussians keep whatever colour they once had, and must not show."""
+    visible = seen_share(means, quats_wxyz, scales, opacity, pixel_m)
+    kept = visible > _HIDDEN_SHARE
+    if not bool(kept.any()):
+        kept = torch.ones_like(kept)
+    m, q, s, o, c = (value.detach()[kept] for value in (means, quats_wxyz, scales, opacity, color))
+    return Palette(
+        tree=cKDTree(m.cpu().numpy()),
+        means=m,
+        whiten=rotation_matrices(q).transpose(1, 2) / s[:, :, None],
+        log_weight=torch.log(o * visible[kept].clamp_min(_HIDDEN_SHARE)),
+        color=c,
+    )
+
+
+def seen_share(
+    means: Float[Tensor, "g 3"],
+    quats_wxyz: Float[Tensor, "g 4"],
+    scales: Float[Tensor, "g 3"],
+    opacity: Float[Tensor, " g"],
+    pixel_m: float,
+) -> Float[Tensor, " g"]:
+    """How much of each Gaussian shows in its third best view, from 0 (hidden) to about 1 (nothing in front).
+
+    sum_pixels w_i / sum_pixels a_i; the numerator is the derivative of the image's sum by the Gaussian's colour, the
+    denominator the splat's integral o 2 pi sqrt(det C).
+    """
+    fixed = [value.detach() for value in (means, quats_wxyz, scales, opacity)]
+    m, q, s, o = fixed
+    radius = max(float(m.norm(dim=-1).max()), 1e-3)
+    px = int(min(max(2.2 * radius / pixel_m, 32), 256))
+    axes = rotation_matrices(q) * s[:, None, :]
+    shares = []
+    for turn in _view_frames():
+        camera = _far_camera(turn.to(m), radius, px)
+        white = torch.ones_like(m).requires_grad_(True)
+        with torch.enable_grad():
+            image = rasterize_gaussians(m, q, s, o, white, camera, m.new_zeros(1, 3))
+            (shown,) = torch.autograd.grad(image.rgb[:, 0].sum(), white)
+        w2c = view_matrices(camera, m)[0]
+        conic = project(m, axes, o, w2c, camera.intrinsics[0], px, px).conic
+        area = 2 * math.pi / (conic[:, 0] * conic[:, 2] - conic[:, 1].square()).clamp_min(1e-12).sqrt()
+        shares.append(shown[:, 0] / (o * area).clamp_min(1e-12))
+    return torch.stack(shares).sort(0, descending=True).values[_RANK - 1]
+
+
+def _far_camera(turn: Float[Tensor, "3 3"], radius: float, px: int) -> Cameras:
+    """A camera far enough to be nearly parallel, that sees the ball of this radius."""
+    distance = 20 * radius
+    c2w = torch.eye(4).to(turn)[None].clone()
+    c2w[0, :3, :3] = turn.T
+    c2w[0, :3, 3] = -distance * turn[2]
+    focal = 0.5 * px * distance / (1.1 * radius)
+    intrinsics = torch.tensor([[[focal, 0, px / 2], [0, focal, px / 2], [0, 0, 1]]]).to(turn)
+    one = torch.ones(1).to(turn)
+    fov = 2 * math.degrees(math.atan(0.5 * px / focal))
+    return Cameras(
+        c2w=c2w,
+        intrinsics=intrinsics,
+        width_px=px,
+        height_px=px,
+        azimuth_deg=one * 0,
+        elevation_deg=one * 0,
+        radius=one * distance,
+        fov_deg=one * fov,
+    )
+
+
 def _view_frames() -> Iterator[Float[Tensor, "3 3"]]:
     """World-to-view rotations (rows: right, down, forward) of parallel views from all around and from above."""
     directions = [(0.0, 89.0)]
@@ -163,25 +266,3 @@ def _view_frames() -> Iterator[Float[Tensor, "3 3"]]:
         )
         right = torch.tensor([math.cos(a), 0.0, -math.sin(a)], dtype=torch.float64)
         yield torch.stack([right, torch.linalg.cross(forward, right), forward])
-
-
-def colors_at(
-    points: Float[Tensor, "n 3"],
-    means: Float[Tensor, "g 3"],
-    quats_wxyz: Float[Tensor, "g 4"],
-    scales: Float[Tensor, "g 3"],
-    opacity: Float[Tensor, " g"],
-    color: Float[Tensor, "g 3"],
-) -> Float[Tensor, "n 3"]:
-    """Mean colour of the eight nearest Gaussians, weighted by opacity and by their density at the point."""
-    tree = cKDTree(means.cpu().numpy())
-    wanted = min(_NEIGHBOURS, len(means))
-    nearest = tree.query(points.cpu().numpy(), k=list(range(1, wanted + 1)), workers=1)[1]
-    index = torch.from_numpy(nearest).to(means.device)
-    away = points[:, None] - means[index]
-    along = (rotation_matrices(quats_wxyz)[index].transpose(2, 3) @ away[..., None]).squeeze(-1) / scales[
-        index
-    ]
-    # A softmax of logarithms: far from every Gaussian the nearest one still counts.
-    weight = torch.softmax(torch.log(opacity[index]) - 0.5 * along.square().sum(-1), -1)
-    return (weight[..., None] * color[index]).sum(1)

@@ -19,13 +19,14 @@ from sds3d.ops.splat import rasterize_gaussians
 from sds3d.ops.splat_reference import BLUR_PX2
 from sds3d.rng import Stream
 from sds3d.scenes.gaussian_adapt import Rows, grow, relocate
-from sds3d.scenes.gaussian_density import colors_at, solid_lattice
+from sds3d.scenes.gaussian_density import Palette, make_palette, solid_lattice
 from sds3d.scenes.shade import shade
 
 PARAMETERS = ("means", "log_scales", "quats", "opacity_logits", "color_logits")
 _STATISTICS = ("gradient_sum", "gradient_count")
+_PIXEL_M = 0.0375  # of a 64 px view at 3.3 m and 40 deg, for a scene that was never trained
 _NEAREST = 3  # neighbours whose mean distance sets the first scales
-_SURFACE = 0.4  # opacity from outside at which the solid begins
+_SURFACE = 1 - math.sqrt(0.5)  # opacity from outside at which the solid begins, see `gaussian_density`
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class _View:
     """What one render keeps for `adapt`."""
 
     progress: float
-    pixel_m: float  # side of a pixel at the origin
+    pixel_m: Float[Tensor, ""]  # side of a pixel at the origin
 
 
 class GaussianScene(Scene):
@@ -116,6 +117,7 @@ class GaussianScene(Scene):
         for name in _STATISTICS:
             self.register_buffer(name, torch.zeros(count))
         self.register_buffer("pixel_m", torch.zeros(()))
+        self._made_palette: tuple[object, Palette] | None = None
         self._adapt_rng = rng.fork("adapt")
 
     @property
@@ -154,7 +156,7 @@ class GaussianScene(Scene):
                 raise ConfigError(f"shading mode {shading.mode!r} needs light directions")
             normal = depth_normals(image.depth, image.alpha, cameras)
             rgb = _light(rgb, image.alpha, normal, shading) + (1 - image.alpha) * background[:, :, None, None]
-        own = _View(progress, float((cameras.radius / cameras.intrinsics[:, 1, 1]).mean()))
+        own = _View(progress, (cameras.radius / cameras.intrinsics[:, 1, 1]).mean())
         return Render(rgb=rgb, alpha=image.alpha, depth=image.depth, normal=normal, private=own)
 
     def groups(self) -> Sequence[ParamGroup]:
@@ -182,7 +184,7 @@ class GaussianScene(Scene):
         """
         own, config = _of(view), self.config
         self._gather_gradients()
-        self.pixel_m.fill_(own.pixel_m)
+        self.pixel_m.copy_(own.pixel_m)
         if step == 0 or step % config.adapt_every_steps:
             return
         if not config.adapt_from_frac <= own.progress < config.adapt_until_frac:
@@ -240,9 +242,11 @@ class GaussianScene(Scene):
         with torch.no_grad():
             seen = self.opacity >= self.config.dead_opacity
             reach = (self.means.norm(dim=-1) + 3 * self.scales.amax(-1))[seen]
-        limit = 1.2 * self.config.bound_m
-        half = min(float(reach.max()), limit) if len(reach) else limit
-        pixel = float(self.pixel_m) or 2 * half / cells_per_side
+        half = self.config.bound_m
+        if len(reach):
+            # A few stray ones do not set the resolution.
+            half = min(half, 1.05 * float(reach.double().quantile(0.995)))
+        pixel = float(self.pixel_m) or _PIXEL_M
         solid = solid_lattice(
             self.means,
             self.quats,
@@ -262,12 +266,21 @@ class GaussianScene(Scene):
     def material(self, points: Float[Tensor, "n 3"]) -> Material:
         """Base colour of the Gaussians around each point; dielectric, roughness 0.6."""
         with torch.no_grad():
-            color = colors_at(points, self.means, self.quats, self.scales, self.opacity, self.color)
+            color = self._palette().colors_at(points)
         return Material(
             base_color=color,
             metallic=torch.zeros_like(color[:, :1]),
             roughness=torch.full_like(color[:, :1], 0.6),
         )
+
+    def _palette(self) -> Palette:
+        """Made anew only when a parameter changed: baking asks for millions of points in pieces."""
+        state = tuple((id(p), p._version) for p in self.parameters())
+        if self._made_palette is None or self._made_palette[0] != state:
+            pixel = float(self.pixel_m) or _PIXEL_M
+            made = make_palette(self.means, self.quats, self.scales, self.opacity, self.color, pixel)
+            self._made_palette = (state, made)
+        return self._made_palette[1]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Take on the number of Gaussians of the state; the parameters stay the same objects."""

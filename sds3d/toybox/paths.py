@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from sds3d.paths import data_dir
+
 
 def asset_path(name: str) -> Path:
-    """Path of a file under the repository's ``assets/toybox`` folder."""
-    return Path(__file__).resolve().parents[2] / "assets" / "toybox" / name
+    """Path of a file in the `assets/toybox` folder."""
+    return data_dir("assets") / "toybox" / name
