@@ -4,6 +4,10 @@ Resumable (the same command continues from DIR/state.pt), deterministic from its
 CUDA. Learning rate: warm-up, constant, then a cosine decay to zero over the last `--decay-images`, so that a run
 can be prolonged from any constant-phase checkpoint (Hu et al. 2024, arXiv:2404.06395, "WSD").
 
+`--init FOLDER` starts from the weights of a prior folder, e.g. the shipped one, where there is no state to resume.
+torch.compile is not offered: with torch 2.13 on the CPU the compiled backward pass of this network returned zero
+gradients for most of its layers (the loss still falls, colours are learnt, shapes are not).
+
 On the CPU each process uses one thread and weights are averaged every `--sync-steps` steps: many single-thread
 processes share a machine far better than one process with many threads.
 """
@@ -22,9 +26,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from sds3d.rng import derive_seed
 from sds3d.toybox.batch import Batch, BatchMaker
@@ -50,7 +56,6 @@ class TrainConfig:
     seed: int
     device: str
     minutes: float
-    compile: bool
 
 
 class Trainable(nn.Module):
@@ -103,7 +108,7 @@ def average_weights(params: list[nn.Parameter], processes: int) -> None:
 class Trainer:
     """One process of a training run."""
 
-    def __init__(self, config: TrainConfig, work: Path, rank: int) -> None:
+    def __init__(self, config: TrainConfig, work: Path, rank: int, init: Path | None = None) -> None:
         self.config, self.work, self.rank = config, work, rank
         self.device = torch.device(config.device)
         torch.manual_seed(derive_seed(config.seed, "weights"))  # noqa: TID251 (layers initialise from it)
@@ -112,7 +117,8 @@ class Trainer:
         if self.device.type == "cpu":
             # The fused CPU attention is slower than plain products at these sizes, above all backward.
             self.model.unet.set_attn_processor(AttnProcessor())
-        self.forward = torch.compile(self.net) if config.compile else self.net
+        if init is not None and not (work / "state.pt").exists():
+            self._start_from(init)
         self.params = list(self.net.parameters())
         self.ema = [p.detach().clone() for p in self.params]
         self.optimizer = torch.optim.AdamW(
@@ -122,6 +128,13 @@ class Trainer:
         self.stop = False
         if (work / "state.pt").exists():
             self.load()
+
+    def _start_from(self, folder: Path) -> None:
+        """Take over the weights of a prior folder of this architecture and vocabulary."""
+        self.model.text_encoder.load_state_dict(
+            CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict()
+        )
+        self.model.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
 
     def load(self) -> None:
         """Continue from DIR/state.pt."""
@@ -155,7 +168,7 @@ class Trainer:
 
     def update(self, batch: Batch, alphas_cumprod: Tensor, autocast: torch.autocast) -> tuple[Tensor, Tensor]:
         """One optimiser step; loss and gradient norm."""
-        loss = denoising_loss(self.forward, batch, alphas_cumprod, autocast)
+        loss = denoising_loss(self.net, batch, alphas_cumprod, autocast)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.params, 1.0, foreach=True)
         for group in self.optimizer.param_groups:
@@ -225,19 +238,19 @@ class Trainer:
         self.stop = True
 
 
-def _worker(rank: int, config: TrainConfig, work: Path) -> None:
+def _worker(rank: int, config: TrainConfig, work: Path, init: Path | None) -> None:
     torch.set_num_threads(1 if config.device == "cpu" else 4)
     if config.processes > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{work.resolve()}/rendezvous", rank=rank, world_size=config.processes
         )
-    Trainer(config, work, rank).run()
+    Trainer(config, work, rank, init).run()
     if config.processes > 1:
         dist.destroy_process_group()
 
 
-def parse(argv: list[str] | None) -> tuple[TrainConfig, Path]:
-    """Command line to config and work folder."""
+def parse(argv: list[str] | None) -> tuple[TrainConfig, Path, Path | None]:
+    """Command line to config, work folder and prior to start from."""
     parser = argparse.ArgumentParser(description="Train the toybox prior (resumable).")
     parser.add_argument("--work", type=Path, required=True, help="folder for pool, state, log and weights")
     parser.add_argument(
@@ -253,27 +266,25 @@ def parse(argv: list[str] | None) -> tuple[TrainConfig, Path]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop (resumably) after this long")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile: 1.3x on a CPU, needs a C++ compiler"
-    )
+    parser.add_argument("--init", type=Path, help="prior folder whose weights a new run starts from")
     given = parser.parse_args(argv)
     if given.processes is None:
         given.processes = 1 if given.device == "cuda" else (os.cpu_count() or 1)
-    fields = {key: value for key, value in vars(given).items() if key != "work"}
-    return TrainConfig(**fields), given.work
+    fields = {key: value for key, value in vars(given).items() if key not in ("work", "init")}
+    return TrainConfig(**fields), given.work, given.init
 
 
 def main(argv: list[str] | None = None) -> int:
     """Render the pool, start the processes, wait."""
-    config, work = parse(argv)
+    config, work, init = parse(argv)
     work.mkdir(parents=True, exist_ok=True)
     (work / "rendezvous").unlink(missing_ok=True)
     (work / "config.json").write_text(json.dumps(asdict(config), indent=2))
     open_pool(work / "pool", config.pool_images, IMAGE_PX, config.seed, threads=os.cpu_count() or 1)
     if config.processes == 1:
-        _worker(0, config, work)
+        _worker(0, config, work, init)
     else:
-        mp.spawn(_worker, args=(config, work), nprocs=config.processes)
+        mp.spawn(_worker, args=(config, work, init), nprocs=config.processes)
     return 0
 
 

@@ -210,8 +210,7 @@ class Trainer:
         torch.manual_seed(derive_seed(options.seed, "judge weights"))  # noqa: TID251 (layers initialise from it)
         self.net = JudgeNet(self.shape).to(self.device)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-        self.forward = torch.compile(self.net) if options.compile else self.net
-        decayed = [p for p in self.net.parameters() if p.ndim > 1]
+                decayed = [p for p in self.net.parameters() if p.ndim > 1]
         others = [p for p in self.net.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
@@ -309,7 +308,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop (resumably) after this long")
-    parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler on a CPU")
     return parser.parse_args(argv)
 
 
