@@ -210,7 +210,7 @@ class Trainer:
         torch.manual_seed(derive_seed(options.seed, "judge weights"))  # noqa: TID251 (layers initialise from it)
         self.net = JudgeNet(self.shape).to(self.device)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-                decayed = [p for p in self.net.parameters() if p.ndim > 1]
+        decayed = [p for p in self.net.parameters() if p.ndim > 1]
         others = [p for p in self.net.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
@@ -247,7 +247,7 @@ class Trainer:
         """One optimiser step; the loss."""
         self.net.train()
         moved = Examples(**{key: value.to(self.device) for key, value in vars(batch).items()})
-        loss = judge_loss(self.forward, moved, torch.autocast(self.device.type, torch.bfloat16))
+        loss = judge_loss(self.net, moved, torch.autocast(self.device.type, torch.bfloat16))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 2.0, foreach=True)
         for group in self.optimizer.param_groups:
