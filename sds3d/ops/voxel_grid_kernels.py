@@ -20,7 +20,7 @@ _inline = njit(cache=True, nogil=True, error_model="numpy", fastmath=_FLAGS, for
 def _sigmoid(x):  # type: ignore[no-untyped-def]
     """1 / (1 + exp(-x)) to float32 accuracy, free of branches and calls so that loops over it vectorise."""
     y = x * _f(-1.4426950408889634)
-    y = min(max(y, _f(-126.0)), _f(126.0)) + y * _ZERO  # the second term keeps NaN
+    y = min(max(y, _f(-126.0)), _f(126.0))
     n = np.int32(y + _f(127.5))  # rounds: the sum is positive
     f = (y - _f(n - np.int32(127))) * _f(0.6931471805599453)
     power = _f(1 / 720)  # exp(f), |f| <= log(2) / 2, by its series

@@ -1,4 +1,4 @@
-"""The vector through which camera-conditioned toybox models are told the camera and the background.
+"""What toybox models are told besides the text: camera, background, and where each pixel lies.
 
 Shared by training (`sds3d.toybox.train`) and inference (`sds3d.priors.diffusers_image`), so that both sides mean
 the same numbers. A missing camera or background is all zeros with its flag at 0, as trained with dropout.
@@ -11,6 +11,20 @@ from torch import Tensor
 CONDITION_SIZE = 10
 RADIUS_CENTER_M = 3.3
 RADIUS_SPREAD_M = 0.2
+
+
+COORDINATE_CHANNELS = 2
+
+
+def with_coordinates(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c+2 h w"]:
+    """X with two more channels: column and row, from -1.7 to 1.7 (unit variance).
+
+    Drawing a shape at its place from a global code is hard for convolutions, which see positions only through their
+    padding (Liu et al. 2018, CoordConv, arXiv:1807.03247).
+    """
+    rows, columns = (torch.linspace(-1.7, 1.7, n, dtype=x.dtype, device=x.device) for n in x.shape[-2:])
+    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))
+    return torch.cat([x, grid.expand(len(x), -1, -1, -1)], dim=1)
 
 
 def condition_vector(

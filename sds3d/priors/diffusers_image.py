@@ -26,7 +26,12 @@ from sds3d.interfaces import Told
 from sds3d.mathx.predict import eps_from_v, eps_from_x0
 from sds3d.mathx.schedule import TableSchedule
 from sds3d.ops.threads import map_slices
-from sds3d.priors.camera_condition import CONDITION_SIZE, condition_vector
+from sds3d.priors.camera_condition import (
+    CONDITION_SIZE,
+    COORDINATE_CHANNELS,
+    condition_vector,
+    with_coordinates,
+)
 from sds3d.priors.vocabulary import unknown_word_warnings
 
 EXTRA_FILE = "sds3d_prior.json"
@@ -163,8 +168,13 @@ class DiffusersPrior:
                 f"prediction_type {self.prediction!r} is unknown; expected epsilon, v_prediction, sample"
             )
         self.takes_condition = "condition" in parts.extra
+        self.takes_coordinates = bool(parts.extra.get("coordinates", False))
         size = int(parts.unet.config.sample_size)
-        self.shape = (int(parts.unet.config.in_channels), size, size)
+        self.shape = (
+            int(parts.unet.config.in_channels) - COORDINATE_CHANNELS * self.takes_coordinates,
+            size,
+            size,
+        )
         self.codec: PixelCodec | VaeCodec
         if parts.vae is not None:
             vae = parts.vae.eval().requires_grad_(False).to(device, torch.float32)
@@ -216,7 +226,8 @@ class DiffusersPrior:
         rows = len(told)
         text = torch.cat([bundle.text for bundle in told]).to(self.dtype)
         condition = self._condition(told, len(x_t)) if self.takes_condition else None
-        batch = x_t.to(self.dtype).repeat(rows, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+        told_x = with_coordinates(x_t) if self.takes_coordinates else x_t
+        batch = told_x.to(self.dtype).repeat(rows, 1, 1, 1).contiguous(memory_format=torch.channels_last)
         output = self._network(batch, self.schedule.index(t).repeat(rows), text, condition)
         output = output.to(x_t.dtype)[:, : x_t.shape[1]]
         a, s = self.schedule.alpha(t), self.schedule.sigma(t)

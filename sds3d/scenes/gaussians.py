@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -101,9 +101,8 @@ class GaussianScene(Scene):
         self.config = config
         means = _start(config, rng.fork("means"))
         count = len(means)
-        spacing = torch.from_numpy(cKDTree(means.numpy()).query(means.numpy(), k=_NEAREST + 1)[0])[
-            :, 1:
-        ].mean(1)
+        distances, _ = cKDTree(means.numpy()).query(means.numpy(), k=_NEAREST + 1)
+        spacing = torch.from_numpy(distances[:, 1:].mean(1))
         logit = math.log(config.start_opacity / (1 - config.start_opacity))
         values = {
             "means": means,
@@ -233,6 +232,7 @@ class GaussianScene(Scene):
             setattr(self, name, new)
         for name in _STATISTICS:
             setattr(self, name, torch.zeros_like(rows.values["opacity_logits"]))
+        self._made_palette = None
 
     def surface(self, cells_per_side: int) -> Surface:
         """The boundary of what is hidden from all sides, closed; see `gaussian_density`.
@@ -275,7 +275,7 @@ class GaussianScene(Scene):
 
     def _palette(self) -> Palette:
         """Made anew only when a parameter changed: baking asks for millions of points in pieces."""
-        state = tuple((id(p), p._version) for p in self.parameters())
+        state = tuple((id(t), t._version, t.device) for t in (*self.parameters(), self.pixel_m))
         if self._made_palette is None or self._made_palette[0] != state:
             pixel = float(self.pixel_m) or _PIXEL_M
             made = make_palette(self.means, self.quats, self.scales, self.opacity, self.color, pixel)
@@ -289,6 +289,7 @@ class GaussianScene(Scene):
             if stored is not None and stored.shape[1:] == own.shape[1:] and len(stored) != len(own):
                 own.data = own.new_zeros(stored.shape)
                 own.grad = None
+        self._made_palette = None
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -334,11 +335,13 @@ def _tangent(points: Tensor, alpha: Tensor, dim: int) -> Tensor:
 
 
 def _light(rgb: Tensor, alpha: Tensor, normal: Tensor, shading: Shading) -> Tensor:
-    albedo = (rgb / alpha.clamp_min(1e-4)).movedim(1, -1)
+    """Premultiplied colours under the light; one row per pixel, which is what `shade` broadcasts over."""
     assert shading.light is not None
-    light = shading.light.to(rgb)[:, None, None, :]
-    lit = Shading(mode=shading.mode, light=light, ambient=shading.ambient)
-    return alpha * shade(albedo, normal.movedim(1, -1), lit).movedim(-1, 1)
+    views, _, height, width = rgb.shape
+    albedo, facing = (x.movedim(1, -1).reshape(-1, 3) for x in (rgb / alpha.clamp_min(1e-4), normal))
+    light = shading.light.to(rgb).repeat_interleave(height * width, 0)
+    lit = shade(albedo, facing, replace(shading, light=light, background=None))
+    return alpha * lit.view(views, height, width, 3).movedim(-1, 1)
 
 
 def _start(config: GaussianScene.Config, rng: Stream) -> Float[Tensor, "g 3"]:

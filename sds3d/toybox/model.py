@@ -19,7 +19,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from sds3d.priors.camera_condition import CONDITION_SIZE
+from sds3d.priors.camera_condition import CONDITION_SIZE, COORDINATE_CHANNELS
 
 IMAGE_PX = 64
 PATCH_PX = 4
@@ -84,7 +84,7 @@ def build_unet(
     patch_channels = 3 * PATCH_PX**2
     return UNet2DConditionModel(
         sample_size=IMAGE_PX // PATCH_PX,
-        in_channels=patch_channels,
+        in_channels=patch_channels + COORDINATE_CHANNELS,
         out_channels=patch_channels,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -136,5 +136,10 @@ def save_model(model: ToyboxModel, folder: Path, dtype: torch.dtype = torch.floa
         "vae": [None, None],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    extra = {"pixel_unshuffle": PATCH_PX, "condition": "camera_background_10", "image_px": IMAGE_PX}
+    extra = {
+        "pixel_unshuffle": PATCH_PX,
+        "condition": "camera_background_10",
+        "coordinates": True,
+        "image_px": IMAGE_PX,
+    }
     (folder / PRIOR_FILE).write_text(json.dumps(extra, indent=2) + "\n", encoding="utf-8")

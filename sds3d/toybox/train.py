@@ -32,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from sds3d.priors.camera_condition import with_coordinates
 from sds3d.rng import derive_seed
 from sds3d.toybox.batch import Batch, BatchMaker
 from sds3d.toybox.captions import VOCABULARY
@@ -71,7 +72,7 @@ class Trainable(nn.Module):
     ) -> Float[Tensor, "b c h w"]:
         """The predicted clean image."""
         text = self.text_encoder(ids)[0]
-        return self.unet(x_t, step, text, class_labels=condition, return_dict=False)[0]
+        return self.unet(with_coordinates(x_t), step, text, class_labels=condition, return_dict=False)[0]
 
 
 def denoising_loss(

@@ -14,7 +14,7 @@ from sds3d.interfaces import Draw, Told
 from sds3d.mathx.ode import ddim_step
 from sds3d.mathx.predict import eps_from_v, eps_from_x0
 from sds3d.priors import PriorConfig, known_priors, load_prior
-from sds3d.priors.camera_condition import condition_vector
+from sds3d.priors.camera_condition import condition_vector, with_coordinates
 from sds3d.priors.diffusers_image import DiffusersPrior, load_parts
 from sds3d.rng import Stream
 from sds3d.toybox.captions import VOCABULARY
@@ -99,7 +99,9 @@ def test_encode_resizes(prior: DiffusersPrior) -> None:
 def test_eps_converts_each_network_output(prior: DiffusersPrior, prediction: str) -> None:
     x, t = randn(2, *prior.shape), torch.tensor([0.3, 0.9])
     text = prior.encode_text(["a red mug", "a blue car"])
-    raw = prior.unet(x, prior.schedule.index(t), text, class_labels=torch.zeros(2, 10), return_dict=False)[0]
+    raw = prior.unet(
+        with_coordinates(x), prior.schedule.index(t), text, class_labels=torch.zeros(2, 10), return_dict=False
+    )[0]
     a, s = prior.schedule.alpha(t), prior.schedule.sigma(t)
     expected = {"epsilon": raw, "v_prediction": eps_from_v(x, raw, a, s), "sample": eps_from_x0(x, raw, a, s)}
     original, prior.prediction = prior.prediction, prediction
@@ -141,6 +143,14 @@ def test_camera_and_background_reach_the_network(prior: DiffusersPrior) -> None:
     )
     assert (none - seen).abs().max() > 1e-4
     assert (none - ground).abs().max() > 1e-4
+
+
+def test_coordinates_grow_to_the_right_and_downwards() -> None:
+    x = with_coordinates(torch.zeros(1, 48, 4, 6))
+    assert x.shape == (1, 50, 4, 6)
+    assert (x[0, 48].diff(dim=1) > 0).all()
+    assert (x[0, 49].diff(dim=0) > 0).all()
+    assert x[0, 48, 0, 0] == -x[0, 48, 0, -1]
 
 
 def test_condition_vector_layout() -> None:
