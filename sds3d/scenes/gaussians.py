@@ -73,7 +73,7 @@ class GaussianScene(Scene):
             0.05, help="larger ones are split, smaller ones cloned", ge=0.0, le=10.0
         )
         dead_opacity: float = option(0.02, help="less opaque ones die", ge=0.0, le=1.0)
-        dead_scale_m: float = option(0.4, help="larger ones die", ge=0.0, le=100.0)
+        dead_scale_m: float = option(0.25, help="larger ones die", ge=0.0, le=100.0)
         dead: Literal["relocate", "remove"] = option(
             "relocate", help="what becomes of dead ones: moved onto opaque ones, or removed"
         )

@@ -136,10 +136,19 @@ def with_backend(name: ops.Backend) -> Any:
     return render
 
 
+def saturated() -> list[Tensor]:
+    """Few wide Gaussians of opacity 1: many pixels meet the clamp of alpha at 0.999."""
+    values = [value.detach() for value in gaussians(20)]
+    values[2] = values[2] * 5
+    values[3] = torch.ones_like(values[3])
+    return [value.requires_grad_(True) for value in values]
+
+
 CASES = {
     "cloud": (cameras(), gaussians()),
     "whole blocks": (cameras(1, 64, 64), gaussians(views=1)),
     "opaque": (cameras(), gaussians(opacity=6.0)),
+    "saturated": (cameras(), saturated()),
     "inside the cloud": (cameras(radius=0.3), gaussians()),  # behind the camera, outside the frustum, huge
     "wide": (cameras(1, 130, 70, radius=0.9), gaussians(views=1)),
 }
