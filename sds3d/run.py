@@ -41,12 +41,13 @@ from sds3d.events.turntable import write_contact_sheet, write_turntable
 from sds3d.interfaces import Scene, Shading
 from sds3d.job import JobConfig, pick_device
 from sds3d.mesh.files import load_mesh
+from sds3d.mesh.splat_ply import GaussianCloud, write_splat_ply
 from sds3d.mesh.textured import render_textured
 from sds3d.ops.threads import one_thread_per_call
 from sds3d.optimize import Loop, build_loop
 from sds3d.paths import claim_folder, claim_run_folder, write_atomic
 from sds3d.rng import Stream, Streams
-from sds3d.scenes import SCENES
+from sds3d.scenes import SCENES, GaussianScene
 
 SLOW_STEP_S = 0.5  # steps slower than this are all reported, faster ones every few steps
 _COLORED = ("glb", "gltf", "obj", "ply")  # formats whose file can be shown on the contact sheet
@@ -309,6 +310,9 @@ def _export(run: _Run, scene: Scene, step: int) -> dict[str, Path]:
     facts = {"prompt": job.text(), "seed": job.seed, "config_hash": job.hash(), "steps": step}
     report = make_asset(scene, folder, job.export, facts)
     files = dict(report.files)
+    if isinstance(scene, GaussianScene):
+        files["splats"] = folder / "splats.ply"
+        write_splat_ply(files["splats"], _cloud(scene))
     size, frames = job.preview.turntable_px, job.preview.turntable_frames
     if frames:
         path = files["turntable"] = folder / "turntable.mp4"
@@ -321,6 +325,17 @@ def _export(run: _Run, scene: Scene, step: int) -> dict[str, Path]:
     names = {name: path.relative_to(folder).as_posix() for name, path in files.items()}
     run.note(files=run.manifest.get("files", {}) | names, mesh=details["mesh"], fidelity=details["fidelity"])
     return files
+
+
+@torch.no_grad()
+def _cloud(scene: GaussianScene) -> GaussianCloud:
+    return GaussianCloud(
+        means=scene.means.detach().cpu(),
+        quats_wxyz=scene.quats.detach().cpu(),
+        scales=scene.scales.detach().cpu(),
+        opacity=scene.opacity.detach().cpu(),
+        color=scene.color.detach().cpu(),
+    )
 
 
 @torch.no_grad()
