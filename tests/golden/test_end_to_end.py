@@ -24,8 +24,8 @@ def sds3d(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "mug"
-    done = sds3d("generate", "a red mug", "--config", "fast", "--out", str(folder), "--formats", "glb,obj")
+    folder = tmp_path_factory.mktemp("run") / "tree"
+    done = sds3d("generate", "a green tree", "--config", "fast", "--out", str(folder), "--formats", "glb,obj")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -33,8 +33,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_judge_recognises_the_exported_asset(run_folder: Path) -> None:
     mesh, metadata = load_glb(run_folder / "asset.glb")
     views = render_textured(mesh, turntable_cameras(8, 64), torch.ones(8, 3))[0]
-    assert majority(load_judge()(views)) == ("mug", "red")
-    assert metadata["prompt"] == "a red mug"
+    assert majority(load_judge()(views)) == ("tree", "green")
+    assert metadata["prompt"] == "a green tree"
 
 
 def test_the_run_folder_is_complete(run_folder: Path) -> None:
