@@ -135,9 +135,12 @@ def main() -> None:
         docs = Path(__file__).parents[1] / "docs"
         (docs / "images").mkdir(exist_ok=True)
         picture.save(docs / "images" / "results.png", optimize=True)
-        command = f"python benchmarks/prompts.py --config {given.config} --seed {given.seed} --write-docs"
+        only = "" if given.only is None else f" --only {given.only}"
+        command = (
+            f"python benchmarks/prompts.py --config {given.config} --seed {given.seed}{only} --write-docs"
+        )
         intro = (
-            "# Twenty prompts on the shipped prior\n\n"
+            f"# {len(rows)} prompts on the shipped prior\n\n"
             f"Made by `{command}`: one seed each, no selection. The judge network looks at eight azimuths of each "
             "exported `.glb`.\nHeld-out pairs are colours that the prior never saw on that kind of object.\n"
         )
