@@ -128,7 +128,12 @@ def load_parts(folder: Path, dtype: torch.dtype = torch.float32) -> Parts:
             "the tokenizer files are incomplete or from another model"
         )
     unet = _component(
-        folder, "unet", UNet2DConditionModel.from_pretrained, use_safetensors=True, torch_dtype=dtype
+        folder,
+        "unet",
+        UNet2DConditionModel.from_pretrained,
+        low_cpu_mem_usage=False,
+        use_safetensors=True,
+        torch_dtype=dtype,
     )
     scheduler = _component(folder, "scheduler", DDIMScheduler.from_pretrained)
     has_vae = (index.get("vae") or [None])[0] is not None
@@ -136,7 +141,12 @@ def load_parts(folder: Path, dtype: torch.dtype = torch.float32) -> Parts:
     if has_vae:
         # float32: the SDXL-class autoencoders overflow in half precision.
         vae = _component(
-            folder, "vae", AutoencoderKL.from_pretrained, use_safetensors=True, torch_dtype=torch.float32
+            folder,
+            "vae",
+            AutoencoderKL.from_pretrained,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
         )
     extra_file = folder / EXTRA_FILE
     extra = json.loads(extra_file.read_text(encoding="utf-8")) if extra_file.is_file() else {}
