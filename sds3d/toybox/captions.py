@@ -1,6 +1,5 @@
 """The caption grammar of the toybox and the closed vocabulary that it uses."""
 
-import difflib
 import re
 
 import numpy as np
@@ -94,15 +93,8 @@ def _build_vocabulary() -> tuple[str, ...]:
 
 
 VOCABULARY: tuple[str, ...] = _build_vocabulary()
-_KNOWN = frozenset(VOCABULARY)
 
 
 def split_words(text: str) -> list[str]:
     """Lower-case words of a text, punctuation dropped."""
     return _WORD.findall(text.lower())
-
-
-def unknown_words(text: str) -> list[tuple[str, list[str]]]:
-    """Words of ``text`` outside the vocabulary, each with up to three similar known words."""
-    found = dict.fromkeys(word for word in split_words(text) if word not in _KNOWN)
-    return [(word, difflib.get_close_matches(word, VOCABULARY)) for word in found]

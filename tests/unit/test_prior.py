@@ -225,6 +225,8 @@ def test_unknown_words_are_named_with_their_neighbours(prior: DiffusersPrior) ->
     assert "'mgu'" in messages[0]
     assert "mug" in messages[0]
     assert prior.warnings(["A red mug, front view!"]) == []
+    (typo,) = prior.warnings(["a red teapott"])
+    assert "teapot" in typo.split("closest known words")[1]
 
 
 def test_missing_and_damaged_folders_are_explained(toybox_folder: Path, tmp_path: Path) -> None:
