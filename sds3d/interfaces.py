@@ -17,12 +17,13 @@ every model family: 0 is clean, 1 is noise.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sds3d.moment import Moment
 from sds3d.rng import Stream
 
 
@@ -92,6 +93,7 @@ class Told:
 
     text: Float[Tensor, "b n d"]
     pooled: Float[Tensor, "b e"] | None = None
+    image: Float[Tensor, "b m d"] | None = None  # image-prompt tokens, for priors that take them
     cameras: Cameras | None = None
     background: Float[Tensor, "b 3"] | None = None
 
@@ -101,13 +103,20 @@ class Condition:
     """What is known about b views. A None field means: this prior or run has no such condition.
 
     Enters: `negatives` and `negative_weights` by Perp-Neg, `cameras` and `background` by camera-conditioned
-    priors. The null bundle keeps the background (it is known, not asked for) but drops text and camera.
+    priors, `extra` by rules that ask for prompts of their own (`Rule.prompts`), `image` by image-prompt rules,
+    `source` by editing rules. The null bundle keeps the background (it is known, not asked for) but drops text
+    and camera.
     """
 
-    text: Float[Tensor, "b n d"]
-    null: Float[
-        Tensor, "b n d"
-    ]  # the negative prompt's embedding where one is given, else the empty prompt's
+    text: Float[Tensor, "b n d"]  # view-dependent
+    null: Float[Tensor, "b n d"]  # the empty prompt
+    negative: Float[Tensor, "b n d"] | None = None  # the negative prompt, where one is given
+    plain: Float[Tensor, "b n d"] | None = None  # the prompt without view words
+    extra: Mapping[str, Float[Tensor, "b n d"]] = field(default_factory=dict)
+    image: Float[Tensor, "b m d"] | None = None
+    source: Float[Tensor, "b c h w"] | None = (
+        None  # x of the asset that is being edited, seen by these cameras
+    )
     negatives: Float[Tensor, "b k n d"] | None = None  # view-dependent Perp-Neg negatives
     negative_weights: Float[Tensor, "b k"] | None = None
     cameras: Cameras | None = None
@@ -118,8 +127,17 @@ class Condition:
         return Told(text=self.text, cameras=self.cameras, background=self.background)
 
     def as_null(self) -> Told:
-        """Empty or negative prompt, no camera."""
+        """Empty prompt, no camera."""
         return Told(text=self.null, background=self.background)
+
+    def as_base(self) -> Told:
+        """What classifier-free guidance moves away from: the negative prompt where given, else the null bundle."""
+        text = self.null if self.negative is None else self.negative
+        return Told(text=text, background=self.background)
+
+    def as_extra(self, name: str) -> Told:
+        """A rule's own prompt with camera and background; KeyError for a name that the rule did not ask for."""
+        return Told(text=self.extra[name], cameras=self.cameras, background=self.background)
 
     def as_negative(self, index: int) -> Told:
         """The index-th Perp-Neg negative of every view (no camera: it would contradict the view word)."""
@@ -149,10 +167,21 @@ class Draw:
     noise: Float[Tensor, "b c h w"]
     schedule: NoiseSchedule
     stream: Stream
+    now: Moment = field(default_factory=lambda: Moment(0, 1))
+
+    @property
+    def alpha(self) -> Float[Tensor, "b 1 1 1"]:
+        """The signal level at t."""
+        return self.schedule.alpha(self.t)
+
+    @property
+    def sigma(self) -> Float[Tensor, "b 1 1 1"]:
+        """The noise level at t."""
+        return self.schedule.sigma(self.t)
 
     def diffuse(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """alpha(t) x + sigma(t) noise."""
-        return self.schedule.alpha(self.t) * x + self.schedule.sigma(self.t) * self.noise
+        return self.alpha * x + self.sigma * self.noise
 
     def fork(self, index: int) -> "Draw":
         """The same t with fresh, independent noise."""
@@ -200,21 +229,14 @@ class Residual:
     grad: Float[Tensor, "b c h w"]
     target: Float[Tensor, "b c h w"] | None = None  # clean image the rule pulls towards, if the rule has one
     weight: Float[Tensor, "b 1 1 1"] | None = None  # grad = weight * (x - target) where target is given
+    image_target: Float[Tensor, "b 3 P P"] | None = (
+        None  # adds image_weight (rgb - image_target) in image space
+    )
+    image_weight: float = 0.0
     aux_loss: Float[Tensor, ""] | None = None  # for the rule's own parameters (student, corrective net)
-    log: Mapping[str, float] = field(default_factory=dict)
-
-
-class Rule(nn.Module, ABC):
-    """A score-distillation rule. Subclasses are final: a variant is a new file or a wrapper, never an override.
-
-    `has_target` says that residuals carry a clean target, which a run may hold for several steps.
-    """
-
-    has_target: bool = False
-
-    @abstractmethod
-    def residual(self, x: Float[Tensor, "b c h w"], draw: Draw, cond: Condition) -> Residual:
-        """The gradient on x (already detached) for this draw."""
+    log: Mapping[str, float | Tensor] = field(
+        default_factory=dict
+    )  # scalars; read only when a step is reported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +246,78 @@ class ParamGroup:
     name: str
     params: Sequence[nn.Parameter]
     lr: float
+
+
+Need = Literal["student", "image prompt", "flow", "source"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleInfo:
+    """What `sds3d methods` says about a rule."""
+
+    title: str
+    paper: str  # "Poole et al. 2022, arXiv:2209.14988"
+    passes: str  # prior evaluations per view and step, e.g. "2", "4-8"
+    state: str = "none"  # what it learns or keeps besides the scene
+    experimental: bool = False  # reconstructed from an abstract, or coefficients not published
+    needs: tuple[Need, ...] = ()  # what the run must offer, refused before any model loads
+
+
+class Rule(nn.Module, ABC):
+    """A score-distillation rule. Subclasses are final: a variant is a new file or a wrapper, never an override.
+
+    A stateless rule is its nested `Config`, its `info` and its `residual`. `has_target` says that residuals carry a
+    clean target, which a run may hold for several steps.
+    """
+
+    info: ClassVar[RuleInfo]
+    has_target: bool = False
+
+    def __init__(self, config: Any, prior: Prior, stream: Stream | None = None) -> None:
+        """`stream` seeds the initial values of the rule's own parameters."""
+        super().__init__()
+        self.config, self.prior = config, prior
+
+    @abstractmethod
+    def residual(self, x: Float[Tensor, "b c h w"], draw: Draw, cond: Condition) -> Residual:
+        """The gradient on x (already detached) for this draw."""
+
+    @classmethod
+    def needs(cls, config: Any) -> tuple[Need, ...]:
+        """What a run with this config must offer; wrappers add the needs of the rules inside."""
+        return cls.info.needs
+
+    def prompts(self) -> Mapping[str, str]:
+        """Extra prompts by name, for `Condition.extra`; "{prompt}" stands for the run's prompt."""
+        return {}
+
+    def groups(self) -> Sequence[ParamGroup]:
+        """The rule's own trainable parameters; they learn from `Residual.aux_loss`."""
+        return ()
+
+
+class NoiseSource(nn.Module, ABC):
+    """Where the noise of a step comes from: fresh, fixed, or attached to the surface. Buffers go to checkpoints."""
+
+    @abstractmethod
+    def sample(
+        self, shape: tuple[int, int, int, int], view: "Render", cameras: Cameras, now: Moment, stream: Stream
+    ) -> Float[Tensor, "b c h w"]:
+        """Noise for the views of this step, N(0, 1) per element. Called once per step, in order."""
+
+
+class Student(nn.Module, ABC):
+    """A trainable noise predictor that follows the distribution of rendered images (VSD's phi)."""
+
+    @abstractmethod
+    def eps(
+        self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], *told: Told
+    ) -> tuple[Float[Tensor, "b c h w"], ...]:
+        """Noise predictions, one per bundle, from one batched call; differentiable where autograd is on."""
+
+    @abstractmethod
+    def groups(self) -> Sequence[ParamGroup]:
+        """Its trainable parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,12 @@ from sds3d.config.load import Resolved, file_layers, find_config, resolve
 from sds3d.config.option import Chosen, kinds, option
 from sds3d.config.tree import Table
 from sds3d.errors import ConfigError, InputError
-from sds3d.guidance import RULES
+from sds3d.guidance.noise import NOISES
+from sds3d.guidance.terms import GUIDANCE, guidance_needs
 from sds3d.guidance.time import TIME_LAWS
 from sds3d.optim import OptimizerConfig
 from sds3d.optimize import PenaltyConfig
-from sds3d.priors import PriorConfig
+from sds3d.priors import PriorConfig, missing_offer, prior_offers
 from sds3d.priors.text import PromptingConfig
 from sds3d.scenes import SCENES
 
@@ -47,6 +48,13 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """Editing: the run starts from another run's asset, and rules that compare (dds, pds) see it."""
+
+    run: str | None = option(None, help="run folder of the asset to edit; its scene settings must fit")
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobConfig:
     """One run: prompt to asset."""
 
@@ -58,8 +66,9 @@ class JobConfig:
     prior: PriorConfig = field(default_factory=PriorConfig)
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
     scene: Chosen = kinds(SCENES, next(iter(SCENES)), help="what is optimised")
-    guidance: Chosen = kinds(RULES, "sds", help="the score-distillation rule")
+    guidance: Chosen = kinds(GUIDANCE, "sds", help="the score-distillation rule, or mix for several")
     time: Chosen = kinds(TIME_LAWS, "uniform", help="which diffusion times the steps use")
+    noise: Chosen = kinds(NOISES, "fresh", help="where the noise of a step comes from")
     camera: CameraConfig = field(default_factory=CameraConfig)
     shading: ShadingConfig = field(default_factory=ShadingConfig)
     penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
@@ -68,6 +77,7 @@ class JobConfig:
     on_collapse: Literal["warn", "stop"] = option("warn", help="when the scene is empty or opaque for long")
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    edit: EditConfig = field(default_factory=EditConfig)
     export: AssetConfig = field(default_factory=AssetConfig)
 
     def text(self) -> str:
@@ -88,6 +98,7 @@ class JobConfig:
                 f"penalties.{unknown[0]}: a {self.scene.kind!r} scene has no such penalty. "
                 f"It has {', '.join(known) or 'none'}; set this weight to 0."
             )
+        self._check_needs()
         if self.preview.turntable_px % 2:
             raise ConfigError(
                 f"preview.turntable_px: got {self.preview.turntable_px}, expected an even number"
@@ -96,6 +107,19 @@ class JobConfig:
             low, high = getattr(self.camera, name)
             if low > high:
                 raise ConfigError(f"camera.{name}: got [{low}, {high}], expected the smaller value first")
+
+    def _check_needs(self) -> None:
+        """Refuse rules that ask for what this run does not offer."""
+        asked = guidance_needs(self.guidance)
+        offered = prior_offers(self.prior)
+        for need, kind in asked.items():
+            if need == "source":
+                if self.edit.run is None:
+                    raise ConfigError(
+                        f"guidance.kind {kind!r} edits an existing asset: set edit.run to the folder of a finished run"
+                    )
+            elif need not in offered:
+                raise ConfigError(f"guidance.kind {kind!r} {missing_offer(need, self.prior.name)}")
 
     def hash(self) -> str:
         """Equal for two jobs that take the same optimisation steps."""

@@ -8,9 +8,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sds3d.config.option import option
-from sds3d.config.ramp import Moment, Ramp
+from sds3d.config.ramp import Ramp
 from sds3d.errors import CheckpointError
 from sds3d.interfaces import ParamGroup
+from sds3d.moment import Moment
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -27,6 +28,9 @@ class OptimizerConfig:
     max_grad_norm: float | None = option(None, help="clip the global gradient norm to this", ge=0.0)
     pixel_clip: float | None = option(
         None, help="pixel-wise gradient clipping (PGC-3D): largest |gradient| of a rendered channel", ge=0.0
+    )
+    score_clamp: Ramp | None = option(
+        None, help="elementwise limit on the guidance gradient, e.g. {from: 2, to: 8} (Debiased-SDS)", ge=0.0
     )
 
 

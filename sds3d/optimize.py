@@ -1,5 +1,6 @@
 """The optimisation loop: from a prompt's embedding to an optimised scene, one readable step at a time."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -12,12 +13,12 @@ from sds3d.cameras.light import ShadingLaw
 from sds3d.cameras.orbit import turntable_cameras
 from sds3d.cameras.sample import CameraLaw
 from sds3d.config.option import option
-from sds3d.config.ramp import Moment, Ramp
+from sds3d.config.ramp import Ramp
 from sds3d.errors import CheckpointError, ConfigError, NonFiniteError
-from sds3d.events.bus import Emit, StepDone
-from sds3d.guidance.pixel_clip import clip_pixel_gradient
-from sds3d.guidance.time import TimeLaw
-from sds3d.interfaces import Cameras, Draw, Prior, Render, Rule, Scene, Shading, attach_gradient
+from sds3d.events.bus import Emit, StepDone, Warned
+from sds3d.guide import Guide
+from sds3d.interfaces import Cameras, Prior, Render, Scene, Shading
+from sds3d.moment import Moment
 from sds3d.optim import Optimizer, StepReport
 from sds3d.priors.text import TextBank
 from sds3d.rng import Streams
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sds3d.job import JobConfig
 
 SKIPPED_STEPS_LIMIT = 50
+EXPLODING_FACTOR = 1e3  # a gradient norm this many times its usual value is reported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,23 +58,18 @@ class Parts:
     """Everything a run is made of."""
 
     scene: Scene
-    prior: Prior
-    rule: Rule
-    bank: TextBank
+    guide: Guide
     camera: CameraLaw
     shading: ShadingLaw
-    time: TimeLaw
     optimizer: Optimizer
     penalties: PenaltyConfig
     streams: Streams
+    source: Scene | None = None  # the asset that is being edited, frozen
 
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """A clean target that several steps share: grad = weight (x - target)."""
-
-    target: Float[Tensor, "b c h w"]
-    weight: Float[Tensor, "b 1 1 1"]
+    @property
+    def prior(self) -> Prior:
+        """The frozen model that guides."""
+        return self.guide.prior
 
 
 class Loop:
@@ -83,19 +80,13 @@ class Loop:
     ) -> None:
         self.parts, self.steps, self.index = parts, steps, 0
         self.stop_on_nonfinite, self.log_every = stop_on_nonfinite, log_every
-        self.hold = parts.camera.config.hold_steps
-        self.held: Held | None = None
+        self.usual_norm: float | None = None  # slow average of the gradient norm, on a log scale
         self.weights = parts.penalties.active()
         unknown = sorted(set(self.weights) - set(parts.scene.penalty_names))
         if unknown:
             raise ConfigError(
                 f"penalties: {', '.join(unknown)} mean nothing to a {type(parts.scene).__name__}; "
                 f"it knows {', '.join(parts.scene.penalty_names)}"
-            )
-        if self.hold > 1 and not parts.rule.has_target:
-            raise ConfigError(
-                f"camera.hold_steps = {self.hold} needs a guidance rule with a clean target; "
-                f"{type(parts.rule).__name__} has none: use hold_steps 1 or guidance.kind sds"
             )
 
     def run(self, until: int, emit: Emit) -> None:
@@ -107,27 +98,32 @@ class Loop:
     def step(self, emit: Emit) -> None:
         """One step: views, render, guidance, penalties, update."""
         parts, now = self.parts, Moment(self.index, self.steps)
-        shared = Moment(
-            self.index - self.index % self.hold, self.steps
-        )  # steps that hold a target share this
+        # Steps that hold a target share the moment at which it was made, and so its cameras and its draw.
+        shared = Moment(self.index - self.index % parts.guide.hold, self.steps)
         cameras, shading = self.look(shared)
-        view = parts.scene.render(
-            cameras, shading, parts.streams.stream("render", now.step), progress=now.progress
-        )
-        clip = parts.optimizer.config.pixel_clip
-        x = parts.prior.encode(view.rgb if clip is None else clip_pixel_gradient(view.rgb, clip))
-        loss = attach_gradient(x, self.gradient(x.detach(), shared, cameras, shading))
+        stream = parts.streams.stream("render", now.step)
+        view = parts.scene.render(cameras, shading, stream, progress=now.progress)
+        guidance = parts.guide(view, cameras, shading, now, shared, self.source(cameras, shading))
+        loss = guidance.loss
         known = parts.scene.penalties(view) if self.weights else {}
         penalties = {name: known[name] for name in self.weights}  # scenes may compute them on look-up
         for name, ramp in self.weights.items():
             loss = loss + ramp.at(now) * penalties[name]
         report = parts.optimizer.step(loss, now)
+        parts.guide.learn(guidance, now)
         parts.scene.adapt(view, parts.optimizer, now.step)
         self.index += 1
         if self.stop_on_nonfinite and bool(report.skipped):
             raise NonFiniteError(f"step {now.step}: gradients are not finite (on_nonfinite: stop)")
         if self.index % self.log_every == 0 or self.index == self.steps:
-            self.report(emit, view, report, penalties)
+            self.report(emit, view, report, {**penalties, **guidance.log})
+
+    @torch.no_grad()
+    def source(self, cameras: Cameras, shading: Shading) -> Render | None:
+        """The asset that is being edited, seen by the same cameras."""
+        if self.parts.source is None:
+            return None
+        return self.parts.source.render(cameras, shading, self.parts.streams.stream("source"))
 
     def look(self, now: Moment) -> tuple[Cameras, Shading]:
         """Cameras and shading of a moment; a pure function of the seed and the moment."""
@@ -136,40 +132,47 @@ class Loop:
         shading = parts.shading.sample(now, cameras, parts.streams.stream("shading", now.step))
         return cameras.to(parts.prior.device), shading.to(parts.prior.device)
 
-    def gradient(
-        self, x: Float[Tensor, "b c h w"], now: Moment, cameras: Cameras, shading: Shading
-    ) -> Float[Tensor, "b c h w"]:
-        """The rule's gradient on x, or the pull towards the target that is being held."""
-        if self.index != now.step and self.held is not None:
-            return self.held.weight * (x - self.held.target)
-        parts, stream = self.parts, self.parts.streams.stream("diffusion", now.step)
-        t = parts.prior.schedule.snap(parts.time.sample(now, len(x), stream.fork("time")).to(x.device))
-        noise = stream.fork("noise").normal(*x.shape, device=x.device)
-        draw = Draw(t=t, noise=noise, schedule=parts.prior.schedule, stream=stream)
-        residual = parts.rule.residual(x, draw, parts.bank.for_views(cameras, shading))
-        if self.hold > 1 and residual.target is not None and residual.weight is not None:
-            self.held = Held(target=residual.target, weight=residual.weight)
-        return residual.grad
-
-    def report(self, emit: Emit, view: Render, report: StepReport, penalties: Mapping[str, Tensor]) -> None:
+    def report(
+        self, emit: Emit, view: Render, report: StepReport, values: Mapping[str, float | Tensor]
+    ) -> None:
         """Read numbers back from the device and pass them on."""
+        learner = self.parts.guide.learner
         nonfinite = int(self.parts.optimizer.nonfinite)
-        log = {name: float(value.detach()) for name, value in penalties.items()}
+        unlearned = 0 if learner is None else int(learner.nonfinite)
+        norm = float(report.grad_norm)
+        log = {name: float(torch.as_tensor(value).detach()) for name, value in values.items()}
         log["alpha_mean"] = float(view.alpha.detach().mean())
         emit(
             StepDone(
-                step=self.index,
-                steps=self.steps,
-                grad_norm=float(report.grad_norm),
-                log=log,
-                nonfinite=nonfinite,
+                step=self.index, steps=self.steps, grad_norm=norm, log=log, nonfinite=nonfinite + unlearned
             )
         )
-        if nonfinite >= SKIPPED_STEPS_LIMIT and nonfinite * 2 > self.index:
+        if self.stop_on_nonfinite and unlearned:
             raise NonFiniteError(
-                f"{nonfinite} of {self.index} steps had non-finite gradients and were skipped; "
-                "lower the learning rate or guidance.cfg_scale, or run with prior.dtype float32"
+                f"step {self.index}: the rule's own loss is not finite (on_nonfinite: stop); lower its learning rate"
             )
+        for count, what in ((nonfinite, "gradients"), (unlearned, "losses of the rule's own parameters")):
+            if count >= SKIPPED_STEPS_LIMIT and count * 2 > self.index:
+                raise NonFiniteError(
+                    f"{count} of {self.index} steps had non-finite {what} and were skipped; "
+                    "lower the learning rate or guidance.cfg_scale, or run with prior.dtype float32"
+                )
+        self._watch(emit, norm)
+
+    def _watch(self, emit: Emit, norm: float) -> None:
+        """Warn, or stop where the run says so, when the gradient norm leaves its usual range by far."""
+        if not 0.0 < norm < math.inf:
+            return
+        usual = self.usual_norm
+        if usual is not None and norm > EXPLODING_FACTOR * usual:
+            message = (
+                f"step {self.index}: the gradient norm {norm:.3g} is over {EXPLODING_FACTOR:g} times "
+                f"its usual {usual:.3g}"
+            )
+            if self.stop_on_nonfinite:
+                raise NonFiniteError(f"{message} (on_nonfinite: stop)")
+            emit(Warned(message=message))
+        self.usual_norm = norm if usual is None else usual**0.9 * norm**0.1
 
     @torch.no_grad()
     def preview(self, size_px: int, count: int = 4, elevation_deg: float = 15.0) -> Float[Tensor, "b 3 H W"]:
@@ -186,9 +189,7 @@ class Loop:
         """Everything that step `index` depends on, as tensors by name."""
         tensors = {f"scene.{k}": v.detach().clone() for k, v in self.parts.scene.state_dict().items()}
         tensors |= {f"optimizer.{k}": v for k, v in self.parts.optimizer.state_dict().items()}
-        tensors |= {f"rule.{k}": v.detach().clone() for k, v in self.parts.rule.state_dict().items()}
-        if self.held is not None:
-            tensors |= {"held.target": self.held.target.clone(), "held.weight": self.held.weight.clone()}
+        tensors |= {f"guide.{k}": v for k, v in self.parts.guide.state_dict().items()}
         tensors["index"] = torch.tensor(self.index)
         return tensors
 
@@ -204,36 +205,53 @@ class Loop:
 
         try:
             self.parts.scene.load_state_dict(part("scene."))
-            self.parts.rule.load_state_dict(part("rule."))
             self.parts.optimizer.load_state_dict(part("optimizer."))
+            self.parts.guide.load_state_dict(part("guide."))
             self.index = int(tensors["index"])
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint does not fit this configuration: {error}") from error
-        held = part("held.")
-        device = self.parts.prior.device
-        self.held = Held(target=held["target"].to(device), weight=held["weight"].to(device)) if held else None
 
 
-def build_loop(job: "JobConfig", device: torch.device) -> Loop:
-    """Everything a job needs, loaded and wired; cross-field errors surface here, before the first step."""
-    from sds3d.guidance import RULES
+def build_guide(job: "JobConfig", device: torch.device) -> Guide:
+    """Prior, rules, prompts, times and noise of a job; cross-field errors surface here, before the first step."""
+    from sds3d.guidance.noise import NOISES
+    from sds3d.guidance.terms import build_terms, extra_prompts
     from sds3d.guidance.time import TIME_LAWS
     from sds3d.priors import load_prior
-    from sds3d.scenes import SCENES
 
     streams = Streams(job.seed)
     prior = load_prior(job.prior, device)
-    scene = SCENES[job.scene.kind](job.scene.config, streams.stream("init")).to(device)
+    terms = build_terms(job.guidance, prior, streams.stream("rules"))
+    return Guide(
+        prior=prior,
+        terms=terms,
+        bank=TextBank(prior, job.text(), job.negative_prompt, job.prompting, extra_prompts(terms)),
+        time=TIME_LAWS[job.time.kind](job.time.config),
+        noise=NOISES[job.noise.kind](job.noise.config),
+        streams=streams,
+        hold=job.camera.hold_steps,
+        pixel_clip=job.optimizer.pixel_clip,
+        score_clamp=job.optimizer.score_clamp,
+    )
+
+
+def build_loop(job: "JobConfig", device: torch.device, source: Scene | None = None) -> Loop:
+    """Everything a job needs, loaded and wired; `source` is the asset to edit, from which the scene starts."""
+    from sds3d.scenes import SCENES
+
+    guide = build_guide(job, device)
+    scene = SCENES[job.scene.kind](job.scene.config, guide.streams.stream("init")).to(device)
+    if source is not None:
+        scene.load_state_dict(source.state_dict())
+        source.to(device).eval().requires_grad_(False)
     parts = Parts(
         scene=scene,
-        prior=prior,
-        rule=RULES[job.guidance.kind](job.guidance.config, prior),
-        bank=TextBank(prior, job.text(), job.negative_prompt, job.prompting),
+        guide=guide,
         camera=CameraLaw(job.camera),
         shading=ShadingLaw(job.shading),
-        time=TIME_LAWS[job.time.kind](job.time.config),
         optimizer=Optimizer(scene.groups(), job.optimizer),
         penalties=job.penalties,
-        streams=streams,
+        streams=guide.streams,
+        source=source,
     )
     return Loop(parts, job.steps, stop_on_nonfinite=job.on_nonfinite == "stop")

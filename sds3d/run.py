@@ -24,7 +24,14 @@ from sds3d.asset import AssetReport, make_asset
 from sds3d.cameras.orbit import orbit_cameras
 from sds3d.config.dump import dump
 from sds3d.config.load import file_layers, resolve
-from sds3d.errors import CheckpointError, CollapseError, ExportError, InputError, Sds3dError
+from sds3d.errors import (
+    CheckpointError,
+    CollapseError,
+    ConfigError,
+    ExportError,
+    InputError,
+    Sds3dError,
+)
 from sds3d.events.bus import (
     CheckpointSaved,
     Emit,
@@ -195,11 +202,30 @@ def export(folder: Path, formats: Sequence[str] = (), *, listeners: Sequence[Emi
 def _build(run: _Run) -> Loop:
     run.emit(PhaseStarted(name="loading"))
     device = pick_device(run.job.device)
-    loop = build_loop(run.job, device)
+    loop = build_loop(run.job, device, *_source(run.job))
     run.manifest["device"] = str(device)
     for message in loop.parts.prior.warnings([run.job.text(), run.job.negative_prompt]):
         run.emit(Warned(message=message))
     return loop
+
+
+def _source(job: JobConfig) -> list[Scene]:
+    """The scene of the run that is edited, if any; its settings must be those of this run."""
+    if job.edit.run is None:
+        return []
+    folder = Path(job.edit.run)
+    before, _ = _open(folder)
+    if before.scene != job.scene:
+        raise ConfigError(
+            f"edit.run: {folder} holds a {before.scene.kind!r} scene with other settings than this run's scene; "
+            "use the same config, or copy its scene settings"
+        )
+    saved = _last_checkpoint(folder, before)
+    if saved is None:
+        raise InputError(f"edit.run: {folder} holds no checkpoint; finish that run first")
+    scene = SCENES[before.scene.kind](before.scene.config, Streams(before.seed).stream("init"))
+    _restore(scene, saved)
+    return [scene]
 
 
 def _drive(run: _Run, loop: Loop) -> RunResult:

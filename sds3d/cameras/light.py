@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from sds3d.config.option import option
-from sds3d.config.ramp import Moment, Ramp
+from sds3d.config.ramp import Ramp
 from sds3d.interfaces import Cameras, Shading, ShadingMode
+from sds3d.moment import Moment
 from sds3d.rng import Stream
 
 

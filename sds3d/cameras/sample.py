@@ -6,8 +6,9 @@ import torch
 
 from sds3d.cameras.orbit import orbit_cameras
 from sds3d.config.option import option
-from sds3d.config.ramp import Moment, Ramp
+from sds3d.config.ramp import Ramp
 from sds3d.interfaces import Cameras
+from sds3d.moment import Moment
 from sds3d.rng import Stream
 
 SIZE_STEP_PX = 8

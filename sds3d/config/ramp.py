@@ -4,20 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from sds3d.moment import Moment
+
 RampShape = Literal["linear", "sqrt", "cosine", "log", "step"]
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where the run stands: `step` of `steps`, step in [0, steps)."""
-
-    step: int
-    steps: int
-
-    @property
-    def progress(self) -> float:
-        """Fraction of the run done, in [0, 1)."""
-        return self.step / max(self.steps, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

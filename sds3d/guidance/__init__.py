@@ -1,12 +1,7 @@
-"""Guidance rules: one file per method, one line in this table."""
+"""Guidance rules, time laws and noise sources: one file per method, one line in a table."""
 
 from sds3d.guidance.csd import CSD
 from sds3d.guidance.sds import SDS
-from sds3d.interfaces import Rule
-
-RULES: dict[str, type[Rule]] = {
-    "csd": CSD,
-    "sds": SDS,
-}
+from sds3d.guidance.table import RULES
 
 __all__ = ["CSD", "RULES", "SDS"]

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sds3d.config.option import option
-from sds3d.config.ramp import Moment, Ramp
+from sds3d.config.ramp import Ramp
+from sds3d.moment import Moment
 from sds3d.rng import Stream
 
 

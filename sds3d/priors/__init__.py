@@ -8,7 +8,7 @@ import torch
 
 from sds3d.config.option import option
 from sds3d.errors import PriorError
-from sds3d.interfaces import Prior
+from sds3d.interfaces import Need, Prior
 from sds3d.paths import data_dir
 
 
@@ -19,6 +19,9 @@ class PriorConfig:
     name: str = option("toybox", help="a name listed by `sds3d priors`, or a diffusers pipeline folder")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", help="network precision; auto = bfloat16 (schedule algebra stays in float32)"
+    )
+    as_flow: bool = option(
+        False, help="see the model through its equivalent rectified flow, for rules written for flows"
     )
 
 
@@ -40,6 +43,26 @@ def known_priors() -> dict[str, PriorInfo]:
             licence="Apache-2.0",
         ),
     }
+
+
+OFFER_HINTS: dict[Need, str] = {
+    "student": "trains a LoRA student, which the prior {name!r} cannot carry; use a UNet prior, e.g. prior.name=toybox",
+    "flow": "needs a flow prior, but {name!r} is none; set prior.as_flow=true to see it as its equivalent flow",
+    "image prompt": "needs a prior with image tokens (IP-Adapter), which {name!r} does not take",
+}
+
+
+def missing_offer(need: Need, name: str) -> str:
+    """Why a prior does not serve a rule, and what would."""
+    return OFFER_HINTS[need].format(name=name)
+
+
+def prior_offers(config: PriorConfig) -> frozenset[Need]:
+    """What a prior can do for rules, from its settings and folder listing alone; nothing is loaded."""
+    offers: set[Need] = {"student"}
+    if config.as_flow:
+        offers.add("flow")
+    return frozenset(offers)
 
 
 def load_prior(config: PriorConfig, device: torch.device) -> Prior:

@@ -1,8 +1,8 @@
 """Prompts become embeddings once, and conditions per batch of cameras."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -70,35 +70,52 @@ def perp_neg_mix(
 class TextBank:
     """The embeddings of one prompt for all views, made once; the text encoder is not needed afterwards."""
 
-    def __init__(self, prior: Prior, prompt: str, negative: str, config: PromptingConfig) -> None:
+    def __init__(
+        self,
+        prior: Prior,
+        prompt: str,
+        negative: str,
+        config: PromptingConfig,
+        extra: Mapping[str, str] | None = None,
+    ) -> None:
+        """`extra` are the prompts that a rule asks for, see `Rule.prompts`."""
         self.config = config
         self.device = prior.device
-        prompts: Sequence[str] = [prompt]
-        if config.view_dependent:
-            prompts = [f"{prompt}, {word}" for word in VIEW_WORDS]
-        embedded = prior.encode_text([*prompts, negative]).to(prior.device)
-        self.views, self.null = embedded[:-1], embedded[-1]
+        templates = {"": "{prompt}", **(extra or {})}
+        words = [f", {word}" for word in VIEW_WORDS] if config.view_dependent else [""]
+        prompts = ["", negative, prompt]
+        for template in templates.values():
+            filled = template.replace("{prompt}", prompt).strip()
+            # A prompt that is empty stays empty: it stands for "no text", whatever the view.
+            prompts += [filled + word if filled else "" for word in words]
+        embedded = prior.encode_text(prompts).to(prior.device)
+        self.null, self.plain = embedded[0], embedded[2]
+        self.negative = embedded[1] if negative.strip() else None
+        self.sets = dict(zip(templates, embedded[3:].split(len(words)), strict=True))
+        self.views = self.sets[""]
 
-    def for_views(self, cameras: Cameras, shading: Shading) -> Condition:
-        """What the prior is told about these views."""
+    def for_views(
+        self, cameras: Cameras, shading: Shading, source: Float[Tensor, "b c h w"] | None = None
+    ) -> Condition:
+        """What the prior is told about these views; `source` is x of the asset that is edited."""
         count = len(cameras)
-        told_cameras = cameras if self.config.camera_condition else None
-        null = self.null.expand(count, -1, -1)
+        which = torch.zeros(count, dtype=torch.long, device=self.device)
+        if self.config.view_dependent:
+            which = view_index(cameras, self.config).to(self.device)
+        cond = Condition(
+            text=self.views[which],
+            null=self.null.expand(count, -1, -1),
+            negative=None if self.negative is None else self.negative.expand(count, -1, -1),
+            plain=self.plain.expand(count, -1, -1),
+            extra={name: rows[which] for name, rows in self.sets.items() if name},
+            cameras=cameras if self.config.camera_condition else None,
+            background=shading.background,
+            source=source,
+        )
         if self.config.perp_neg and self.config.view_dependent:
             text, negatives, weights = self._perp_neg(cameras)
-            return Condition(
-                text=text,
-                null=null,
-                negatives=negatives,
-                negative_weights=weights,
-                cameras=told_cameras,
-                background=shading.background,
-            )
-        if self.config.view_dependent:
-            text = self.views[view_index(cameras, self.config).to(self.device)]
-        else:
-            text = self.views.expand(count, -1, -1)
-        return Condition(text=text, null=null, cameras=told_cameras, background=shading.background)
+            cond = replace(cond, text=text, negatives=negatives, negative_weights=weights)
+        return cond
 
     def _perp_neg(
         self, cameras: Cameras

@@ -6,8 +6,9 @@ import torch
 from sds3d.cameras.light import ShadingConfig, ShadingLaw
 from sds3d.cameras.orbit import orbit_cameras, turntable_cameras
 from sds3d.cameras.sample import CameraConfig, CameraLaw
-from sds3d.config.ramp import Moment, Ramp
+from sds3d.config.ramp import Ramp
 from sds3d.interfaces import Shading
+from sds3d.moment import Moment
 from sds3d.priors.analytic import AnalyticPrior, Mixture
 from sds3d.priors.text import (
     BACK,
@@ -198,8 +199,11 @@ def test_text_bank_tells_each_view_its_word_and_the_negative_prompt() -> None:
     cameras = cameras_at([0.0, 90.0, 180.0, 0.0], [0.0, 0.0, 0.0, 70.0])
     cond = bank(PromptingConfig()).for_views(cameras, Shading())
     assert cond.text[:, 0].argmax(1).tolist() == [0, 1, 2, 3]
-    assert cond.null[:, 0].argmax(1).tolist() == [6] * 4
+    assert cond.null[:, 0].argmax(1).tolist() == [5] * 4
+    assert cond.as_base().text[:, 0].argmax(1).tolist() == [6] * 4
+    assert cond.plain[:, 0].argmax(1).tolist() == [4] * 4
     assert cond.as_null().cameras is None
+    assert cond.as_base().cameras is None
     assert cond.as_text().cameras is not None
 
 

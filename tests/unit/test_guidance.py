@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from sds3d.config.ramp import Moment, Ramp
+from sds3d.config.ramp import Ramp
 from sds3d.guidance import CSD, RULES, SDS
 from sds3d.guidance.pixel_clip import clip_pixel_gradient
 from sds3d.guidance.time import AnnealedTime, UniformTime
 from sds3d.interfaces import Condition, attach_gradient
 from sds3d.mathx.schedule import CosineSchedule, FlowSchedule, TableSchedule
+from sds3d.moment import Moment
 from sds3d.priors.analytic import AnalyticPrior, Mixture
 from sds3d.rng import Stream
 from tests.toys import draw_at, told
@@ -110,7 +111,7 @@ def test_sds_is_sds_at_one_plus_csd(schedule) -> None:
 
     full = grad(SDS(SDS.Config(cfg_scale=scale, weight="sds"), prior))
     plain = grad(SDS(SDS.Config(cfg_scale=1.0, weight="sds"), prior))
-    classifier = grad(CSD(CSD.Config(cfg_scale=1.0, weight="sds"), prior))
+    classifier = grad(CSD(CSD.Config(weight="sds"), prior))
     torch.testing.assert_close(full, plain + (scale - 1.0) * classifier, rtol=1e-9, atol=1e-9)
 
 

@@ -13,11 +13,12 @@ PACKAGE = ROOT / "sds3d"
 
 # Lower layers first. A module may import its own layer only where SIBLINGS says nothing against it.
 LAYERS: list[set[str]] = [
-    {"errors", "rng", "typing", "paths", "__init__"},
+    {"errors", "moment", "rng", "typing", "paths", "__init__"},
     {"interfaces", "checkpoint"},
     {"mathx", "config"},
     {"ops"},
     {"guidance", "scenes", "priors", "cameras", "mesh", "events", "optim"},
+    {"guide"},
     {"optimize", "asset"},
     {"job"},
     {"run"},

@@ -150,7 +150,7 @@ def test_rescale_restores_the_spread_of_the_text_prediction() -> None:
 @pytest.mark.parametrize("name", sorted(WEIGHTS))
 def test_weights_at_a_known_level(name: str) -> None:
     a, s = (torch.full((1, 1, 1, 1), v) for v in (0.6, 0.8))
-    expected = {"sds": 0.64, "uniform": 1.0, "fantasia3d": 0.384, "recon": 4.0 / 3.0}
+    expected = {"sds": 0.64, "uniform": 1.0, "fantasia3d": 0.384, "recon": 4.0 / 3.0, "velocity": 5.0 / 3.0}
     assert float(weight(name, a, s)) == pytest.approx(expected[name])
 
 

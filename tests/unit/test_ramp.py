@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sds3d.config.ramp import Moment, Ramp
+from sds3d.config.ramp import Ramp
+from sds3d.moment import Moment
 
 SHAPES = ["linear", "sqrt", "cosine", "log", "step"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sds3d.cameras.orbit import orbit_cameras, turntable_cameras
-from sds3d.config.ramp import Moment
 from sds3d.errors import ConfigError, ExportError, InputError
 from sds3d.interfaces import Render, Shading, Surface
 from sds3d.mesh.splat_ply import GaussianCloud, read_splat_ply, write_splat_ply
+from sds3d.moment import Moment
 from sds3d.ops.raster import rasterize_mesh
 from sds3d.optim import Optimizer, OptimizerConfig
 from sds3d.rng import Stream

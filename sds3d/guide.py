@@ -1,0 +1,214 @@
+"""Guidance of one run: from a render to a loss whose gradient the scene descends.
+
+A `Guide` owns everything between the render and the gradient: prior, rules, prompts, times, noise, and the
+optimiser of what the rules themselves learn.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sds3d.config.ramp import Ramp
+from sds3d.errors import ConfigError
+from sds3d.guidance.pixel_clip import clip_pixel_gradient
+from sds3d.guidance.terms import Sees, Term
+from sds3d.guidance.time import TimeLaw
+from sds3d.interfaces import (
+    Cameras,
+    Draw,
+    NoiseSource,
+    Prior,
+    Render,
+    Residual,
+    Rule,
+    Shading,
+    attach_gradient,
+)
+from sds3d.moment import Moment
+from sds3d.optim import Optimizer, OptimizerConfig
+from sds3d.priors.text import TextBank
+from sds3d.rng import Streams
+
+LEARNER = OptimizerConfig(lr_factor=Ramp.constant(1.0), betas=(0.9, 0.99))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """What guidance says about one render."""
+
+    loss: Float[Tensor, ""]  # only its gradient means something
+    aux_loss: Float[Tensor, ""] | None = None
+    log: Mapping[str, float | Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A residual that several steps share: grad = weight (x - target), and its image-space companion."""
+
+    target: Float[Tensor, "b c h w"]
+    weight: Float[Tensor, "b 1 1 1"]
+    image_target: Float[Tensor, "b 3 P P"] | None = None
+    image_weight: float = 0.0
+
+    def pull(self, x: Float[Tensor, "b c h w"]) -> Residual:
+        """The residual at another x."""
+        return Residual(
+            grad=self.weight * (x - self.target),
+            image_target=self.image_target,
+            image_weight=self.image_weight,
+        )
+
+
+class Guide:
+    """Asks the rules about renders; `hold` steps share one residual with a clean target."""
+
+    def __init__(
+        self,
+        *,
+        prior: Prior,
+        terms: tuple[Term, ...],
+        bank: TextBank,
+        time: TimeLaw,
+        noise: NoiseSource,
+        streams: Streams,
+        hold: int = 1,
+        pixel_clip: float | None = None,
+        score_clamp: Ramp | None = None,
+    ) -> None:
+        self.prior, self.terms, self.bank, self.time = prior, terms, bank, time
+        self.noise, self.streams, self.hold = noise, streams, hold
+        self.pixel_clip, self.score_clamp = pixel_clip, score_clamp
+        self.rules = nn.ModuleList(term.rule for term in terms)
+        groups = [group for term in terms for group in term.rule.groups()]
+        self.learner = Optimizer(groups, LEARNER) if groups else None
+        self.held: dict[int, Held] = {}
+        for term in terms:
+            _refuse_hold(term.rule, hold)
+
+    def __call__(
+        self,
+        view: Render,
+        cameras: Cameras,
+        shading: Shading,
+        now: Moment,
+        shared: Moment,
+        source: Render | None = None,
+    ) -> Guidance:
+        """The guidance on a render taken at `now`; steps with the same `shared` moment hold one target."""
+        fresh = shared == now or not self.held
+        seen: dict[Sees, Tensor] = {}
+        loss = view.rgb.new_zeros(())
+        aux: Tensor | None = None
+        log: dict[str, float | Tensor] = {}
+        for index, term in enumerate(self.terms):
+            if not term.acts(shared):
+                continue
+            if term.sees not in seen:
+                seen[term.sees] = self.prior.encode(self.image(view, term.sees))
+            x = seen[term.sees]
+            if fresh or index not in self.held:
+                draw = self.draw(view, x, cameras, shared, index)
+                known = None if source is None else self.prior.encode(self.image(source, term.sees)).detach()
+                cond = self.bank.for_views(cameras, shading, known)
+                residual = term.rule.residual(x.detach(), draw, cond)
+                self._hold(index, residual)
+            else:
+                residual = self.held[index].pull(x.detach())
+            loss = loss + term.weight.at(now) * self._attach(x, view, residual, now)
+            if residual.aux_loss is not None:
+                aux = residual.aux_loss if aux is None else aux + residual.aux_loss
+            log |= {f"{name}{index or ''}": value for name, value in residual.log.items()}
+        return Guidance(loss=loss, aux_loss=aux, log=log)
+
+    def image(self, view: Render, sees: Sees) -> Float[Tensor, "b 3 H W"]:
+        """What the prior is shown of a render."""
+        if sees == "rgb":
+            return view.rgb if self.pixel_clip is None else clip_pixel_gradient(view.rgb, self.pixel_clip)
+        if view.normal is None:
+            raise ConfigError(
+                "guidance: a term sees normals, but this scene renders none; use sees: rgb or a nerf scene"
+            )
+        return view.alpha * (0.5 * view.normal + 0.5) + 0.5 * (1.0 - view.alpha)
+
+    def draw(self, view: Render, x: Tensor, cameras: Cameras, now: Moment, index: int = 0) -> Draw:
+        """The randomness of a step: a pure function of seed, step, term, and the noise source's state."""
+        stream = self.streams.stream("diffusion", now.step)
+        t = self.time.sample(now, len(x), stream.fork("time")).to(x.device)
+        shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
+        noise = self.noise.sample(shape, view, cameras, now, stream.fork("noise"))
+        return Draw(
+            t=self.prior.schedule.snap(t),
+            noise=noise.to(x),
+            schedule=self.prior.schedule,
+            stream=stream if index == 0 else stream.fork(f"term{index}"),
+            now=now,
+        )
+
+    def learn(self, guidance: Guidance, now: Moment) -> None:
+        """Let the rules' own parameters take a step; where their loss is not finite nothing changes."""
+        if self.learner is not None and guidance.aux_loss is not None:
+            self.learner.step(guidance.aux_loss, now)
+
+    def _attach(self, x: Tensor, view: Render, residual: Residual, now: Moment) -> Float[Tensor, ""]:
+        grad = residual.grad
+        if self.score_clamp is not None:
+            limit = self.score_clamp.at(now)
+            grad = grad.clamp(-limit, limit)
+        loss = attach_gradient(x, grad)
+        if residual.image_target is not None:
+            size = residual.image_target.shape[-2:]
+            shrinks = view.rgb.shape[-1] > size[-1]
+            rgb = F.interpolate(view.rgb, size=size, mode="bilinear", antialias=shrinks)
+            away = residual.image_weight * (rgb.detach() - residual.image_target)
+            loss = loss + attach_gradient(rgb, away)
+        return loss
+
+    def _hold(self, index: int, residual: Residual) -> None:
+        if self.hold > 1 and residual.target is not None and residual.weight is not None:
+            self.held[index] = Held(
+                target=residual.target,
+                weight=residual.weight,
+                image_target=residual.image_target,
+                image_weight=residual.image_weight,
+            )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Rules, noise source, learner and held targets, as tensors by name."""
+        tensors = {f"rule.{k}": v.detach().clone() for k, v in self.rules.state_dict().items()}
+        tensors |= {f"noise.{k}": v.detach().clone() for k, v in self.noise.state_dict().items()}
+        if self.learner is not None:
+            tensors |= {f"learner.{k}": v for k, v in self.learner.state_dict().items()}
+        for index, held in self.held.items():
+            for name, value in vars(held).items():
+                if value is not None:
+                    tensors[f"held.{index}.{name}"] = torch.as_tensor(value).clone()
+        return tensors
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` gave; KeyError or RuntimeError where names or shapes do not fit."""
+        self.rules.load_state_dict(_part(tensors, "rule."))
+        self.noise.load_state_dict(_part(tensors, "noise."))
+        if self.learner is not None:
+            self.learner.load_state_dict(_part(tensors, "learner."))
+        self.held = {}
+        held = _part(tensors, "held.")
+        for index in sorted({int(key.partition(".")[0]) for key in held}):
+            values = {k: v.to(self.prior.device) for k, v in _part(held, f"{index}.").items()}
+            weight = float(values.pop("image_weight"))
+            self.held[index] = Held(**values, image_weight=weight)
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _refuse_hold(rule: Rule, hold: int) -> None:
+    if hold > 1 and not rule.has_target:
+        raise ConfigError(
+            f"camera.hold_steps = {hold} needs a guidance rule with a clean target; "
+            f"{type(rule).__name__} has none: use hold_steps 1 or guidance.kind sds"
+        )
