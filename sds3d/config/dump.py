@@ -39,8 +39,22 @@ def _plain_ramp(ramp: Ramp) -> Any:
 def dump(config: Any) -> str:
     """YAML with `schema: 1` that resolves to an equal config."""
     plain = {"schema": SCHEMA, **to_plain(config)}
-    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
+    text: str = yaml.dump(
+        plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None
+    )
     return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text with Unicode line breaks, which YAML folds into spaces when it stands plain."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def config_hash(config: Any, ignore: Collection[str] = ()) -> str:

@@ -42,16 +42,18 @@ def resolve(schema: type[T], layers: Sequence[Table]) -> Resolved[T]:
 
 
 def config_names() -> list[str]:
-    """Names of the shipped configs, usable as `--config NAME` and `extends: NAME`."""
-    return sorted(path.stem for path in data_dir("configs").glob("*.yaml"))
+    """Names of the shipped configs, usable as `--config NAME` and `extends: NAME`, e.g. "default", "toybox/ism"."""
+    folder = data_dir("configs")
+    names = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
+    return sorted(names, key=lambda name: ("/" in name, name))
 
 
 def find_config(name: str, beside: Path | None = None) -> Path:
-    """The file behind a name ("default") or path ("my/ship.yaml", relative to `beside`)."""
-    if name.endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
+    """The file behind a name ("default", "toybox/ism") or path ("my/ship.yaml", relative to `beside`)."""
+    if name.endswith((".yaml", ".yml")):
         return (beside or Path()) / name
     path = data_dir("configs") / f"{name}.yaml"
-    if not path.is_file():
+    if name not in config_names():
         known = config_names()
         raise ConfigError(
             f"unknown config {name!r}.{suggest(name, known)} Known: {', '.join(known) or 'none'}."
