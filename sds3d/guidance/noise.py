@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sds3d.config.option import option
+from sds3d.guidance.surface_noise import SurfaceNoise
 from sds3d.interfaces import Cameras, NoiseSource, Render
 from sds3d.moment import Moment
 from sds3d.rng import Stream
@@ -56,4 +57,4 @@ class FixedNoise(NoiseSource):
         return stream.at(0).fork("fixed").normal(1, *shape[1:]).expand(shape).contiguous()
 
 
-NOISES: dict[str, Any] = {"fixed": FixedNoise, "fresh": FreshNoise}
+NOISES: dict[str, Any] = {"fixed": FixedNoise, "fresh": FreshNoise, "surface": SurfaceNoise}
