@@ -1,0 +1,1 @@
+"""Comparing guidance methods on equal terms: `sds3d bench guidance`."""
