@@ -112,6 +112,7 @@ class Condition:
     null: Float[Tensor, "b n d"]  # the empty prompt
     negative: Float[Tensor, "b n d"] | None = None  # the negative prompt, where one is given
     plain: Float[Tensor, "b n d"] | None = None  # the prompt without view words
+    prompt: str = ""  # in words, for rewards
     extra: Mapping[str, Float[Tensor, "b n d"]] = field(default_factory=dict)
     image: Float[Tensor, "b m d"] | None = None
     source: Float[Tensor, "b c h w"] | None = (
@@ -125,6 +126,12 @@ class Condition:
     def as_text(self) -> Told:
         """Prompt, camera and background."""
         return Told(text=self.text, cameras=self.cameras, background=self.background)
+
+    def as_image(self) -> Told:
+        """Prompt and image prompt, camera and background; ValueError where there is no image prompt."""
+        if self.image is None:
+            raise ValueError("this condition holds no image prompt")
+        return Told(text=self.text, image=self.image, cameras=self.cameras, background=self.background)
 
     def as_null(self) -> Told:
         """Empty prompt, no camera."""
@@ -306,6 +313,12 @@ class NoiseSource(nn.Module, ABC):
         """Noise for the views of this step, N(0, 1) per element. Called once per step, in order."""
 
 
+class Reward(Protocol):
+    """Scores images against a prompt; need not be differentiable."""
+
+    def __call__(self, images: Float[Tensor, "b 3 H W"], prompt: str) -> Float[Tensor, " b"]: ...
+
+
 class Student(nn.Module, ABC):
     """A trainable noise predictor that follows the distribution of rendered images (VSD's phi)."""
 
@@ -318,6 +331,15 @@ class Student(nn.Module, ABC):
     @abstractmethod
     def groups(self) -> Sequence[ParamGroup]:
         """Its trainable parameters."""
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A prior that can give a student: a trainable predictor that equals it at the start."""
+
+    def student(self, *, rank: int, lr: float, convolutions: bool, stream: Stream) -> Student:
+        """A LoRA of this rank (convolutions adapted too where asked); `stream` seeds its initial values."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

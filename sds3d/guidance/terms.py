@@ -41,7 +41,9 @@ class Mix:
                 raise ConfigError("a mix needs at least one term")
 
 
-GUIDANCE: dict[str, type] = {**RULES, "mix": Mix}
+def guidance_table() -> Mapping[str, type]:
+    """What a run's guidance may be: any rule, or a mix of rules."""
+    return {**RULES, "mix": Mix}
 
 
 @dataclass(frozen=True, kw_only=True)

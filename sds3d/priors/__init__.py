@@ -87,6 +87,8 @@ def load_prior(config: PriorConfig, device: torch.device) -> Prior:
             "give a name from `sds3d priors` or the path of a diffusers pipeline folder"
         )
     from sds3d.priors.diffusers_image import DiffusersPrior, load_parts
+    from sds3d.priors.flow_view import FlowView
 
     dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
-    return DiffusersPrior(load_parts(folder, dtype), device, dtype)
+    prior = DiffusersPrior(load_parts(folder, dtype), device, dtype)
+    return FlowView(prior) if config.as_flow else prior

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from sds3d.interfaces import NoiseSchedule, Told
+from sds3d.interfaces import NoiseSchedule, ParamGroup, Student, Told
 from sds3d.mathx.schedule import CosineSchedule
+from sds3d.rng import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,3 +111,43 @@ class AnalyticPrior:
             ]
             results.append(torch.cat(rows))
         return tuple(results)
+
+    def student(self, *, rank: int, lr: float, convolutions: bool, stream: Stream) -> Student:
+        """A Gaussian per prompt; it has no network, so rank, convolutions and stream mean nothing to it."""
+        return GaussianStudent(self, lr=lr)
+
+
+class GaussianStudent(Student):
+    """Exact eps of one learnable Gaussian N(m, q I) per prompt, at first with the moments of the prior's mixture."""
+
+    def __init__(self, prior: AnalyticPrior, *, lr: float, spread: bool = True) -> None:
+        """`spread` lets the variances learn too, otherwise only the means."""
+        super().__init__()
+        self.schedule, self.lr = prior.schedule, lr
+        moments = [_moments(mixture) for mixture in prior.mixtures.values()]
+        self.mean = nn.Parameter(torch.stack([mean for mean, _ in moments]))
+        self.log_variance = nn.Parameter(torch.stack([q for _, q in moments]).log(), requires_grad=spread)
+        self.calls = 0
+
+    def eps(
+        self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], *told: Told
+    ) -> tuple[Float[Tensor, "b c h w"], ...]:
+        """Eps = s (x_t - a m) / (a^2 q + s^2), one per bundle."""
+        self.calls += len(told)
+        a, s = self.schedule.alpha(t), self.schedule.sigma(t)
+        which = [bundle.text[:, 0].argmax(-1) for bundle in told]
+        q = self.log_variance.exp()
+        return tuple(s * (x_t - a * self.mean[k]) / (a**2 * q[k, None, None, None] + s**2) for k in which)
+
+    def groups(self) -> Sequence[ParamGroup]:
+        """One group."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        return [ParamGroup(name="student", params=params, lr=self.lr)]
+
+
+def _moments(mixture: Mixture) -> tuple[Float[Tensor, "c h w"], Float[Tensor, ""]]:
+    """Mean and mean variance per element of a mixture."""
+    share = mixture.weights / mixture.weights.sum()
+    mean = torch.einsum("k,kchw->chw", share, mixture.means)
+    around = (mixture.means - mean).square().mean((1, 2, 3)) + mixture.variances
+    return mean, (share * around).sum()

@@ -5,7 +5,7 @@ length, camera condition. Above this file there is only eps(x_t, t) with t in [0
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from sds3d.errors import PriorError
-from sds3d.interfaces import Told
+from sds3d.interfaces import Student, Told
 from sds3d.mathx.predict import eps_from_v, eps_from_x0
 from sds3d.mathx.schedule import TableSchedule
 from sds3d.ops.threads import map_slices
@@ -33,6 +33,7 @@ from sds3d.priors.camera_condition import (
     with_coordinates,
 )
 from sds3d.priors.vocabulary import unknown_word_warnings
+from sds3d.rng import Stream
 
 EXTRA_FILE = "sds3d_prior.json"
 Prediction = Literal["epsilon", "v_prediction", "sample"]
@@ -233,33 +234,57 @@ class DiffusersPrior:
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], *told: Told
     ) -> tuple[Float[Tensor, "b c h w"], ...]:
         """Noise predictions, one per bundle, from one network call of b * len(told) images."""
+        condition = self.condition(told, len(x_t)) if self.takes_condition else None
+        return self.eps_of(self.unet, condition, x_t, t, *told)
+
+    def eps_of(
+        self,
+        unet: Callable[..., tuple[Tensor]],
+        condition: Float[Tensor, "r k"] | None,
+        x_t: Float[Tensor, "b c h w"],
+        t: Float[Tensor, " b"],
+        *told: Told,
+    ) -> tuple[Float[Tensor, "b c h w"], ...]:
+        """Noise predictions of a network with this prior's inputs and outputs: its own, or a student's.
+
+        `condition` are the class labels of all r = b * len(told) rows. Differentiable where autograd is on.
+        """
         rows = len(told)
         text = torch.cat([bundle.text for bundle in told]).to(self.dtype)
-        condition = self._condition(told, len(x_t)) if self.takes_condition else None
         told_x = with_coordinates(x_t) if self.takes_coordinates else x_t
         batch = told_x.to(self.dtype).repeat(rows, 1, 1, 1).contiguous(memory_format=torch.channels_last)
-        output = self._network(batch, self.schedule.index(t).repeat(rows), text, condition)
+        output = self._call(unet, batch, self.schedule.index(t).repeat(rows), text, condition)
         output = output.to(x_t.dtype)[:, : x_t.shape[1]]
         a, s = self.schedule.alpha(t), self.schedule.sigma(t)
         return tuple(self._to_eps(part, x_t, a, s) for part in output.chunk(rows))
 
-    def _network(self, batch: Tensor, step: Tensor, text: Tensor, condition: Tensor | None) -> Tensor:
-        """The denoiser; on the CPU the batch is cut into one piece per thread.
+    def student(self, *, rank: int, lr: float, convolutions: bool, stream: Stream) -> Student:
+        """A LoRA on this network, see `sds3d.priors.student`."""
+        from sds3d.priors.student import LoraStudent
+
+        return LoraStudent(self, rank=rank, lr=lr, convolutions=convolutions, stream=stream)
+
+    def _call(
+        self,
+        unet: Callable[..., tuple[Tensor]],
+        batch: Tensor,
+        step: Tensor,
+        text: Tensor,
+        condition: Tensor | None,
+    ) -> Tensor:
+        """The denoiser; on the CPU, without autograd, the batch is cut into one piece per thread.
 
         Convolutions this small gain little from threads inside an operator, and an OpenMP team that waits for a
         busy core is many times slower than independent single-thread calls.
         """
 
         def call(part: slice) -> Tensor:
-            with torch.no_grad():
-                labels = None if condition is None else condition[part]
-                return self.unet(batch[part], step[part], text[part], class_labels=labels, return_dict=False)[
-                    0
-                ]
+            labels = None if condition is None else condition[part]
+            return unet(batch[part], step[part], text[part], class_labels=labels, return_dict=False)[0]
 
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or torch.is_grad_enabled():
             return call(slice(None))
-        return torch.cat(map_slices(call, len(batch)))
+        return torch.cat(map_slices(torch.no_grad()(call), len(batch)))  # grad mode is a thread's own
 
     def _to_eps(self, output: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
         if self.prediction == "epsilon":
@@ -268,7 +293,7 @@ class DiffusersPrior:
             return eps_from_v(x_t, output, a, s)
         return eps_from_x0(x_t, output, a, s)
 
-    def _condition(self, told: Sequence[Told], views: int) -> Float[Tensor, "r 10"]:
+    def condition(self, told: Sequence[Told], views: int) -> Float[Tensor, "r 10"]:
         """Camera and background of every row; zeros with their flag off where not told."""
         rows = []
         none = torch.zeros(views, device=self.device)

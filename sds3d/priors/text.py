@@ -80,7 +80,7 @@ class TextBank:
     ) -> None:
         """`extra` are the prompts that a rule asks for, see `Rule.prompts`."""
         self.config = config
-        self.device = prior.device
+        self.device, self.prompt = prior.device, prompt
         templates = {"": "{prompt}", **(extra or {})}
         words = [f", {word}" for word in VIEW_WORDS] if config.view_dependent else [""]
         prompts = ["", negative, prompt]
@@ -107,6 +107,7 @@ class TextBank:
             null=self.null.expand(count, -1, -1),
             negative=None if self.negative is None else self.negative.expand(count, -1, -1),
             plain=self.plain.expand(count, -1, -1),
+            prompt=self.prompt,
             extra={name: rows[which] for name, rows in self.sets.items() if name},
             cameras=cameras if self.config.camera_condition else None,
             background=shading.background,

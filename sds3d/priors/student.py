@@ -1,0 +1,104 @@
+"""A trainable noise predictor that starts as its prior: a LoRA on a UNet."""
+
+import copy
+import itertools
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sds3d.interfaces import ParamGroup, Student, Told
+from sds3d.priors.diffusers_image import DiffusersPrior
+from sds3d.rng import Stream
+
+POSE_SIZE = 16  # the entries of a camera-to-world matrix
+
+
+class LoraStudent(Student):
+    """A low-rank adapter on a second view of a prior's UNet: W x + B A x with B = 0 at the start.
+
+    The second UNet shares every base weight with the prior, and only the adapter (float32 whatever the precision of
+    the base) is trained and stored. Where the prior has no camera input of its own, a small network of the
+    camera-to-world matrix is added to the time embedding, zero at the start.
+
+    Source: Hu et al. 2021 (LoRA, arXiv:2106.09685); the camera embedding: Wang et al. 2023 (ProlificDreamer,
+    arXiv:2305.16213).
+    """
+
+    def __init__(
+        self, prior: DiffusersPrior, *, rank: int, lr: float, convolutions: bool, stream: Stream
+    ) -> None:
+        """`convolutions` also adapts the convolutions of the residual blocks, for UNets with little attention."""
+        super().__init__()
+        unet, lora = _with_lora(prior.unet, rank, convolutions, stream.fork("lora"))
+        # Held in a tuple, unseen by nn.Module: the frozen weights stay out of state_dict() and out of checkpoints.
+        self._frozen = (prior, unet)
+        self.lr = lr
+        self.lora = nn.ParameterDict({name.replace(".", "/"): p for name, p in lora.items()})
+        self.pose: nn.Module | None = None
+        if not prior.takes_condition:
+            self.pose = _pose_network(prior.unet.time_embedding.linear_2.out_features, stream.fork("pose"))
+            unet.class_embedding = self.pose.to(prior.device)
+
+    def eps(
+        self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], *told: Told
+    ) -> tuple[Float[Tensor, "b c h w"], ...]:
+        """Noise predictions, one per bundle, through the same conversions as the prior's."""
+        prior, unet = self._frozen
+        condition = prior.condition(told, len(x_t)) if self.pose is None else _poses(told, x_t)
+        return prior.eps_of(unet, condition, x_t, t, *told)
+
+    def groups(self) -> Sequence[ParamGroup]:
+        """One group."""
+        return [ParamGroup(name="student", params=list(self.parameters()), lr=self.lr)]
+
+
+def _with_lora(
+    unet: nn.Module, rank: int, convolutions: bool, stream: Stream
+) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """A UNet that shares all weights with `unet`, plus adapters; the trainable parameters by name."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    shared = {id(p): p for p in itertools.chain(unet.parameters(), unet.buffers())}
+    twin = copy.deepcopy(unet, shared)
+    targets = [name for name, module in twin.named_modules() if _is_target(name, module, convolutions)]
+    with torch.random.fork_rng(devices=[]):  # peft draws initial values that are replaced below
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), twin)
+    trainable = {}
+    for name, parameter in twin.named_parameters():
+        if "lora_" not in name:
+            continue
+        parameter.data = parameter.data.float()
+        if "lora_A" in name:
+            parameter.data = stream.fork(name).normal(*parameter.shape).to(parameter.device) / rank
+        trainable[name] = parameter
+    return twin.eval(), trainable
+
+
+def _is_target(name: str, module: nn.Module, convolutions: bool) -> bool:
+    if isinstance(module, nn.Linear):
+        return ".attn1." in name or ".attn2." in name
+    return convolutions and isinstance(module, nn.Conv2d) and ".resnets." in name
+
+
+def _pose_network(size: int, stream: Stream) -> nn.Module:
+    """16 -> size, the time embedding's own shape of network; its last layer is zero."""
+    first = nn.utils.skip_init(nn.Linear, POSE_SIZE, size)
+    last = nn.utils.skip_init(nn.Linear, size, size)
+    nn.init.zeros_(last.weight)
+    for layer in (first, last):
+        nn.init.zeros_(layer.bias)
+    first.weight.data = stream.normal(size, POSE_SIZE) / POSE_SIZE**0.5
+    return nn.Sequential(first, nn.SiLU(), last)
+
+
+def _poses(told: Sequence[Told], x_t: Tensor) -> Float[Tensor, "r 16"]:
+    """The camera-to-world matrix of every row; zeros where no camera is told."""
+    none = torch.zeros(len(x_t), POSE_SIZE, device=x_t.device)
+    return torch.cat(
+        [
+            none if bundle.cameras is None else bundle.cameras.c2w.reshape(-1, POSE_SIZE).to(none)
+            for bundle in told
+        ]
+    )
