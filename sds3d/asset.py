@@ -18,12 +18,14 @@ from sds3d.mesh.bake import bake
 from sds3d.mesh.clean import MeshStats, clean, measure, vertex_normals
 from sds3d.mesh.fidelity import Fidelity, compare
 from sds3d.mesh.files import check_formats, export_mesh, load_mesh
+from sds3d.mesh.fit_iso import fitted_surface
 from sds3d.mesh.textured import TexturedMesh
 from sds3d.mesh.unwrap import unwrap
 from sds3d.rng import Stream
 
 # The first of these among the written formats is the file that fidelity is measured on.
 TEXTURED_FORMATS = ("glb", "gltf", "obj", "ply")
+ISO_PX = 96  # of the views that the iso value is fitted to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,8 @@ def make_asset(
     """
     clock = _Clock()
     with clock("surface"):
-        raw = scene.surface(config.cells_per_side)
+        views = [turntable_cameras(8, ISO_PX), turntable_cameras(4, ISO_PX, 55.0)]
+        raw = fitted_surface(scene, config.cells_per_side, views)
     with clock("clean"):
         surface = clean(
             raw,

@@ -391,8 +391,11 @@ class Scene(nn.Module, ABC):
         return
 
     @abstractmethod
-    def surface(self, cells_per_side: int) -> Surface:
-        """The scene's surface; the iso value is chosen from the field. Raises ExportError when there is none."""
+    def surface(self, cells_per_side: int, *, iso_factor: float = 1.0) -> Surface:
+        """The scene's surface at `iso_factor` times an iso value that is chosen from the field.
+
+        Raises ExportError when there is none.
+        """
 
     @abstractmethod
     def material(self, points: Float[Tensor, "n 3"]) -> Material:

@@ -43,7 +43,7 @@ class ToyScene(Scene):
     def groups(self) -> list[ParamGroup]:
         return [ParamGroup(name="x", params=[self.x], lr=1.0)]
 
-    def surface(self, cells_per_side: int) -> Surface:
+    def surface(self, cells_per_side: int, *, iso_factor: float = 1.0) -> Surface:
         raise ExportError("no surface")
 
     def material(self, points: torch.Tensor) -> Material:

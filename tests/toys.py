@@ -37,7 +37,7 @@ class CanvasScene(Scene):
     def groups(self) -> Sequence[ParamGroup]:
         return [ParamGroup(name="image", params=[self.image], lr=self.lr)]
 
-    def surface(self, cells_per_side: int) -> Surface:
+    def surface(self, cells_per_side: int, *, iso_factor: float = 1.0) -> Surface:
         raise AssertionError("a canvas has no surface")
 
     def material(self, points: Tensor) -> Material:

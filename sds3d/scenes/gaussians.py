@@ -234,7 +234,7 @@ class GaussianScene(Scene):
             setattr(self, name, torch.zeros_like(rows.values["opacity_logits"]))
         self._made_palette = None
 
-    def surface(self, cells_per_side: int) -> Surface:
+    def surface(self, cells_per_side: int, *, iso_factor: float = 1.0) -> Surface:
         """The boundary of what is hidden from all sides, closed; see `gaussian_density`.
 
         Raises ExportError when nothing is more than half opaque.
@@ -261,7 +261,7 @@ class GaussianScene(Scene):
                 f"the scene is empty: its most hidden point is {float(solid.max()):.0%} opaque from outside, a surface "
                 f"needs {_SURFACE:.0%}. Train longer, or lower the weight of the opacity penalty."
             )
-        return marching_cubes(solid, _SURFACE, half)
+        return marching_cubes(solid, iso_factor * _SURFACE, half)
 
     def material(self, points: Float[Tensor, "n 3"]) -> Material:
         """Base colour of the Gaussians around each point; dielectric, roughness 0.6."""

@@ -158,7 +158,7 @@ class NerfScene(Scene):
             }
         )
 
-    def surface(self, cells_per_side: int) -> Surface:
+    def surface(self, cells_per_side: int, *, iso_factor: float = 1.0) -> Surface:
         """Marching cubes on the density at an automatic iso. Raises ExportError when the field is empty."""
         half = self.config.half_extent_m
         axis = torch.linspace(-half, half, cells_per_side + 1, device=self.field.encoding.table.device)
@@ -166,7 +166,8 @@ class NerfScene(Scene):
         with torch.no_grad():
             density = torch.cat([self.field.density(chunk) for chunk in points.split(_POINTS_PER_CHUNK)])
         density = density.view(cells_per_side + 1, cells_per_side + 1, cells_per_side + 1)
-        return marching_cubes(density, auto_iso(density, 2 * half / cells_per_side), half)
+        iso = iso_factor * auto_iso(density, 2 * half / cells_per_side)
+        return marching_cubes(density, iso, half)
 
     def material(self, points: Float[Tensor, "n 3"]) -> Material:
         """The field's colour as base colour; dielectric, roughness 0.6."""

@@ -133,14 +133,15 @@ class VoxelScene(Scene):
         }
 
     @torch.no_grad()
-    def surface(self, cells_per_side: int) -> Surface:
+    def surface(self, cells_per_side: int, *, iso_factor: float = 1.0) -> Surface:
         """Marching cubes on the trilinear density at an automatic iso (see `auto_iso`). Raises ExportError."""
         logit = self.grid()[..., 0]
         size = (cells_per_side + 1,) * 3
         fine = F.interpolate(logit[None, None], size=size, mode="trilinear", align_corners=True)[0, 0]
         density = self._density(fine).permute(2, 1, 0)  # x y z
         half = self.config.half_extent_m
-        return marching_cubes(density, auto_iso(density, 2 * half / cells_per_side), half)
+        iso = iso_factor * auto_iso(density, 2 * half / cells_per_side)
+        return marching_cubes(density, iso, half)
 
     @torch.no_grad()
     def material(self, points: Float[Tensor, "n 3"]) -> Material:

@@ -168,7 +168,7 @@ def test_clipping_keeps_targets_in_range() -> None:
     assert clipped.target.abs().max() <= 1.0
 
 
-@pytest.mark.parametrize("kind", sorted(RULES))
+@pytest.mark.parametrize("kind", ["csd", "sds"])  # others: beside their own identities
 def test_rules_are_deterministic_and_commute_with_permuting_views(kind: str) -> None:
     prior = gaussian_prior(CosineSchedule())
     rule = RULES[kind](RULES[kind].Config(), prior)

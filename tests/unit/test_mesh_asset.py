@@ -56,7 +56,7 @@ class Mug(Scene):
             base_color=self.color(points), metallic=metallic, roughness=torch.full_like(metallic, 0.7)
         )
 
-    def surface(self, cells_per_side):
+    def surface(self, cells_per_side, *, iso_factor=1.0):
         axis = torch.linspace(-1, 1, cells_per_side + 1)
         grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).reshape(-1, 3)
         field = self.distance(grid).reshape([cells_per_side + 1] * 3).numpy()
@@ -216,7 +216,7 @@ def test_bad_config_names_the_field(field, value):
 
 def test_empty_scene_is_an_export_error(tmp_path):
     class Empty(Mug):
-        def surface(self, cells_per_side):
+        def surface(self, cells_per_side, *, iso_factor=1.0):
             return Surface(vertices=torch.zeros(0, 3), faces=torch.zeros(0, 3, dtype=torch.int64))
 
     with pytest.raises(ExportError, match="no faces"):

@@ -32,7 +32,7 @@ class Painted(Scene):
     def groups(self):
         return []
 
-    def surface(self, cells_per_side):
+    def surface(self, cells_per_side, *, iso_factor=1.0):
         raise NotImplementedError
 
 
