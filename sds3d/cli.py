@@ -28,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+bench_app = typer.Typer(help="Compare on equal terms.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench_app, name="bench")
 config_app = typer.Typer(help="Look at configs.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 
@@ -72,6 +74,51 @@ def generate(
     with _progress() as (listeners, stop):
         result = run_generate(job, out, config_name=config, listeners=listeners, stop=stop)
     _conclude(result)
+
+
+@app.command()
+def image(
+    words: Words = None,
+    method: Annotated[str | None, typer.Option(help="A rule from `sds3d methods`.")] = None,
+    config: Annotated[
+        str, typer.Option("--config", help="A name from `sds3d configs`, or a file.")
+    ] = "image",
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; must be new or empty.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes every random number.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
+    prior: Annotated[str | None, typer.Option(help="A name from `sds3d priors`, or a folder.")] = None,
+    count: Annotated[int, typer.Option(min=1, max=64, help="Images side by side.")] = 4,
+    lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of the pixels.")] = 0.03,
+    space: Annotated[str, typer.Option(help="What is optimised: pixels or latents.")] = "pixels",
+    azimuth: Annotated[float, typer.Option(help="Camera azimuth in degrees, 0 = front.")] = 30.0,
+    init: Annotated[Path | None, typer.Option(help="Start from (and edit) this picture.")] = None,
+) -> None:
+    """The same guidance on a 2D image, e.g. sds3d image "a red mug" --method ism."""
+    prompt, overrides = split_words(words or [])
+    layers = override_layers(overrides)
+    options: dict[str, tuple[str, str | int | None]] = {
+        "prompt": ("the prompt", prompt),
+        "guidance.kind": ("--method", method),
+        "seed": ("--seed", seed),
+        "steps": ("--steps", steps),
+        "prior.name": ("--prior", prior),
+    }
+    # --method comes first, so that key=value settings of that rule are not dropped by the change of kind.
+    chosen = [setting(key, value, source) for key, (source, value) in options.items() if value is not None]
+    if space not in ("pixels", "latents"):
+        raise ConfigError(f"--space: got {space!r}, expected pixels or latents")
+    find_config(config)
+    from sds3d.imaging import ImageConfig, make_image
+    from sds3d.job import load_job
+
+    job = load_job(config, [*chosen, *layers]).config
+    settings = ImageConfig(
+        count=count, space="pixels" if space == "pixels" else "latents", lr=lr, azimuth_deg=azimuth, init=init
+    )
+    with _progress() as (listeners, _):
+        result = make_image(job, settings, out, config_name=config, listeners=listeners)
+    typer.echo(str(result.image))
+    typer.echo(str(result.strip))
 
 
 @app.command()
@@ -120,14 +167,23 @@ def configs() -> None:
 
 @app.command()
 def methods() -> None:
-    """List guidance rules, time laws and scenes."""
+    """List guidance rules with paper, prior passes per view and step, and state; time laws, noises, rewards, scenes."""
     from sds3d.guidance import RULES
+    from sds3d.guidance.noise import NOISES
     from sds3d.guidance.time import TIME_LAWS
+    from sds3d.rewards import REWARDS
     from sds3d.scenes import SCENES
 
-    for title, table in (("guidance", RULES), ("time", TIME_LAWS), ("scene", SCENES)):
+    typer.echo(f"{'guidance':<9} {'kind':<8} {'title':<42} {'paper':<46} {'passes':<22} state")
+    for kind, rule in sorted(RULES.items()):
+        info = rule.info
+        title = f"{info.title}{' (experimental)' if info.experimental else ''}"
+        state = info.state + (f"; needs {', '.join(info.needs)}" if info.needs else "")
+        typer.echo(f"{'':<9} {kind:<8} {title:<42} {info.paper:<46} {info.passes:<22} {state}".rstrip())
+    tables = (("time", TIME_LAWS), ("noise", NOISES), ("reward", REWARDS), ("scene", SCENES))
+    for name, table in tables:
         for kind, entry in sorted(table.items()):
-            typer.echo(f"{title:<9} {kind:<12} {(entry.__doc__ or '').strip().partition(chr(10))[0]}")
+            typer.echo(f"{name:<9} {kind:<14} {(entry.__doc__ or '').strip().partition(chr(10))[0]}")
 
 
 @app.command()
@@ -138,6 +194,36 @@ def priors() -> None:
     for name, info in sorted(known_priors().items()):
         missing = "" if info.folder.is_dir() else "  (files missing)"
         typer.echo(f"{name:<12} {info.summary} [{info.licence}]{missing}")
+
+
+@bench_app.command("guidance")
+def bench_guidance(
+    out: Annotated[
+        Path, typer.Option(help="Folder of the bench; the same command goes on where it stopped.")
+    ],
+    methods: Annotated[str, typer.Option(help="Comma-separated names of toybox presets, or all.")] = "all",
+    prompts: Annotated[
+        list[str] | None, typer.Option(help="A prompt, repeatable, or a file of them.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1",
+    budget: Annotated[int, typer.Option(min=1, help="Prior evaluations per view and run.")] = 1120,
+    experimental: Annotated[bool, typer.Option(help="With methods=all: experimental ones too.")] = False,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+) -> None:
+    """Run every method on the same prompts, seeds and prior evaluations; writes a table, JSON and a sheet."""
+    from sds3d.bench.guidance import BenchConfig, methods_from, prompts_from, run_bench, seeds_from
+
+    config = BenchConfig(
+        methods=methods_from(methods, experimental=experimental),
+        prompts=prompts_from(prompts or []),
+        seeds=seeds_from(seeds),
+        budget=budget,
+        overrides=tuple(overrides or ()),
+    )
+    report = run_bench(config, out, lambda line: typer.echo(line, err=True))
+    typer.echo((out / "bench.md").read_text(encoding="utf-8"), nl=False)
+    if any(row["runs"] == 0 for row in report["methods"].values()):
+        raise typer.Exit(1)
 
 
 Files = Annotated[list[str] | None, typer.Argument(metavar="NAME|FILE|KEY=VALUE")]

@@ -5,7 +5,7 @@ optimiser of what the rules themselves learn.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,11 @@ class Guide:
         self.noise, self.streams, self.hold = noise, streams, hold
         self.pixel_clip, self.score_clamp = pixel_clip, score_clamp
         self.rules = nn.ModuleList(term.rule for term in terms)
-        groups = [group for term in terms for group in term.rule.groups()]
+        groups = [
+            replace(group, name=f"{index}.{group.name}")
+            for index, term in enumerate(terms)
+            for group in term.rule.groups()
+        ]
         self.learner = Optimizer(groups, LEARNER) if groups else None
         self.held: dict[int, Held] = {}
         for term in terms:
@@ -148,17 +152,20 @@ class Guide:
             now=now,
         )
 
-    def learn(self, guidance: Guidance, now: Moment) -> None:
+    def learn(self, aux_loss: Float[Tensor, ""] | None, now: Moment) -> None:
         """Let the rules' own parameters take a step; where their loss is not finite nothing changes."""
-        if self.learner is not None and guidance.aux_loss is not None:
-            self.learner.step(guidance.aux_loss, now)
+        if self.learner is not None and aux_loss is not None:
+            self.learner.step(aux_loss, now)
+
+    def limited(self, grad: Float[Tensor, "b c h w"], now: Moment) -> Float[Tensor, "b c h w"]:
+        """The gradient clamped elementwise, where the run asks for it."""
+        if self.score_clamp is None:
+            return grad
+        limit = self.score_clamp.at(now)
+        return grad.clamp(-limit, limit)
 
     def _attach(self, x: Tensor, view: Render, residual: Residual, now: Moment) -> Float[Tensor, ""]:
-        grad = residual.grad
-        if self.score_clamp is not None:
-            limit = self.score_clamp.at(now)
-            grad = grad.clamp(-limit, limit)
-        loss = attach_gradient(x, grad)
+        loss = attach_gradient(x, self.limited(residual.grad, now))
         if residual.image_target is not None:
             size = residual.image_target.shape[-2:]
             shrinks = view.rgb.shape[-1] > size[-1]

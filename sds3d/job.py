@@ -15,7 +15,7 @@ from sds3d.config.option import Chosen, kinds, option
 from sds3d.config.tree import Table
 from sds3d.errors import ConfigError, InputError
 from sds3d.guidance.noise import NOISES
-from sds3d.guidance.terms import GUIDANCE, guidance_needs
+from sds3d.guidance.terms import guidance_needs, guidance_table
 from sds3d.guidance.time import TIME_LAWS
 from sds3d.optim import OptimizerConfig
 from sds3d.optimize import PenaltyConfig
@@ -66,7 +66,7 @@ class JobConfig:
     prior: PriorConfig = field(default_factory=PriorConfig)
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
     scene: Chosen = kinds(SCENES, next(iter(SCENES)), help="what is optimised")
-    guidance: Chosen = kinds(GUIDANCE, "sds", help="the score-distillation rule, or mix for several")
+    guidance: Chosen = kinds(guidance_table, "sds", help="the score-distillation rule, or mix for several")
     time: Chosen = kinds(TIME_LAWS, "uniform", help="which diffusion times the steps use")
     noise: Chosen = kinds(NOISES, "fresh", help="where the noise of a step comes from")
     camera: CameraConfig = field(default_factory=CameraConfig)
@@ -86,8 +86,12 @@ class JobConfig:
             raise ConfigError('prompt: empty; say what to make, e.g. sds3d generate "a red mug"')
         return self.prompt
 
-    def validate(self) -> None:
-        """Checks across fields, before anything is loaded or written. Raises ConfigError or InputError."""
+    def validate(self, *, source_given: bool = False) -> None:
+        """Checks across fields, before anything is loaded or written; `source_given`: there is something to edit.
+
+        Raises:
+            ConfigError or InputError, with a message for the user.
+        """
         self.text()
         pick_device(self.device)
         known = SCENES[self.scene.kind].penalty_names
@@ -98,7 +102,7 @@ class JobConfig:
                 f"penalties.{unknown[0]}: a {self.scene.kind!r} scene has no such penalty. "
                 f"It has {', '.join(known) or 'none'}; set this weight to 0."
             )
-        self._check_needs()
+        self._check_needs(source_given or self.edit.run is not None)
         if self.preview.turntable_px % 2:
             raise ConfigError(
                 f"preview.turntable_px: got {self.preview.turntable_px}, expected an even number"
@@ -108,13 +112,13 @@ class JobConfig:
             if low > high:
                 raise ConfigError(f"camera.{name}: got [{low}, {high}], expected the smaller value first")
 
-    def _check_needs(self) -> None:
+    def _check_needs(self, source_given: bool) -> None:
         """Refuse rules that ask for what this run does not offer."""
         asked = guidance_needs(self.guidance)
         offered = prior_offers(self.prior)
         for need, kind in asked.items():
             if need == "source":
-                if self.edit.run is None:
+                if not source_given:
                     raise ConfigError(
                         f"guidance.kind {kind!r} edits an existing asset: set edit.run to the folder of a finished run"
                     )

@@ -110,7 +110,7 @@ class Loop:
         for name, ramp in self.weights.items():
             loss = loss + ramp.at(now) * penalties[name]
         report = parts.optimizer.step(loss, now)
-        parts.guide.learn(guidance, now)
+        parts.guide.learn(guidance.aux_loss, now)
         parts.scene.adapt(view, parts.optimizer, now.step)
         self.index += 1
         if self.stop_on_nonfinite and bool(report.skipped):
@@ -212,8 +212,11 @@ class Loop:
             raise CheckpointError(f"the checkpoint does not fit this configuration: {error}") from error
 
 
-def build_guide(job: "JobConfig", device: torch.device) -> Guide:
-    """Prior, rules, prompts, times and noise of a job; cross-field errors surface here, before the first step."""
+def build_guide(job: "JobConfig", device: torch.device, hold: int | None = None) -> Guide:
+    """Prior, rules, prompts, times and noise of a job; cross-field errors surface here, before the first step.
+
+    `hold` overrides the number of steps that share one target.
+    """
     from sds3d.guidance.noise import NOISES
     from sds3d.guidance.terms import build_terms, extra_prompts
     from sds3d.guidance.time import TIME_LAWS
@@ -229,7 +232,7 @@ def build_guide(job: "JobConfig", device: torch.device) -> Guide:
         time=TIME_LAWS[job.time.kind](job.time.config),
         noise=NOISES[job.noise.kind](job.noise.config),
         streams=streams,
-        hold=job.camera.hold_steps,
+        hold=job.camera.hold_steps if hold is None else hold,
         pixel_clip=job.optimizer.pixel_clip,
         score_clamp=job.optimizer.score_clamp,
     )

@@ -1,13 +1,16 @@
 """How many prior evaluations a method spends, counted without a network."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sds3d.interfaces import NoiseSchedule, Prior, Render, Shading, Told
+from sds3d.cameras.sample import CameraLaw
+from sds3d.interfaces import NoiseSchedule, Prior, Render, Shading, Student, Told
+from sds3d.moment import Moment
 
 if TYPE_CHECKING:
     from sds3d.guide import Guide
@@ -21,7 +24,8 @@ class CountingPrior:
     """
 
     def __init__(self, prior: Prior, *, mute: bool = False) -> None:
-        self.inner, self.mute, self.calls = prior, mute, 0
+        self.inner, self.mute, self.calls = prior, mute, 0.0
+        self.views = 0
         self.device, self.shape, self.image_px = prior.device, prior.shape, prior.image_px
 
     def __getattr__(self, name: str) -> object:
@@ -58,36 +62,60 @@ class CountingPrior:
         return self.inner.eps(x_t, t, *told)
 
 
+@contextmanager
+def counted(guide: "Guide") -> Iterator[CountingPrior]:
+    """The guide's rules ask a mute prior, and their students, while this lasts; all of it is counted.
+
+    A student's pass counts like one of the prior (it is as large), three where it learns from it (forward and twice
+    that backward), by the share of the views it is asked about.
+    """
+    counter = CountingPrior(guide.prior, mute=True)
+    rules = [part for term in guide.terms for part in term.rule.modules()]
+    owners = [part for part in rules if hasattr(part, "prior")]
+    students = [part for part in rules if isinstance(part, Student)]
+
+    def watch(student: Student) -> None:
+        ask = student.eps
+
+        def eps(x_t: Tensor, t: Tensor, *told: Told) -> tuple[Tensor, ...]:
+            share = len(x_t) / max(counter.views, 1)
+            counter.calls += len(told) * share * (3 if torch.is_grad_enabled() else 1)
+            return ask(x_t, t, *told)
+
+        student.eps = eps  # type: ignore[method-assign]
+
+    for part in owners:
+        part.prior = counter  # type: ignore[assignment]
+    for student in students:
+        watch(student)
+    try:
+        yield counter
+    finally:
+        for part in owners:
+            part.prior = guide.prior  # type: ignore[assignment]
+        for student in students:
+            del student.eps
+
+
 def count_passes(guide: "Guide", job: "JobConfig", samples: int = 24) -> float:
     """Mean prior evaluations per view and optimisation step over the run, from `samples` moments with a mute prior.
 
     The guide's rules are asked for residuals on blank renders; their own parameters do not learn.
     """
-    from sds3d.cameras.sample import CameraLaw
-    from sds3d.moment import Moment
-
-    counter = CountingPrior(guide.prior, mute=True)
     law, hold = CameraLaw(job.camera), job.camera.hold_steps
-    for term in guide.terms:
-        for part in term.rule.modules():
-            if hasattr(part, "prior"):
-                part.prior = counter  # type: ignore[assignment]
-    try:
+    with counted(guide) as counter:
         for index in range(samples):
             step = index * job.steps // samples
             now = Moment(step, job.steps)
             cameras = law.sample(now, guide.streams.stream("count", step)).to(guide.prior.device)
+            counter.views = len(cameras)
             size = (len(cameras), 1, cameras.height_px, cameras.width_px)
             blank = torch.ones(size, device=guide.prior.device)
             view = Render(rgb=blank.expand(-1, 3, -1, -1), alpha=blank, depth=blank)
             x = guide.prior.encode(view.rgb)
-            cond = guide.bank.for_views(cameras, Shading(background=torch.ones(len(cameras), 3)))
+            background = torch.ones(len(cameras), 3, device=guide.prior.device)
+            cond = guide.bank.for_views(cameras, Shading(background=background))
             for number, term in enumerate(guide.terms):
                 if term.acts(now):
                     term.rule.residual(x, guide.draw(view, x, cameras, now, number), cond)
-    finally:
-        for term in guide.terms:
-            for part in term.rule.modules():
-                if hasattr(part, "prior"):
-                    part.prior = guide.prior  # type: ignore[assignment]
     return counter.calls / samples / hold
