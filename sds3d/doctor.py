@@ -27,6 +27,7 @@ PACKAGES = (
     "transformers",
     "safetensors",
     "kornia",
+    "peft",
     "trimesh",
     "xatlas",
 )
