@@ -4,7 +4,7 @@ A `Guide` owns everything between the render and the gradient: prior, rules, pro
 optimiser of what the rules themselves learn.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -100,10 +100,15 @@ class Guide:
         shading: Shading,
         now: Moment,
         shared: Moment,
-        source: Render | None = None,
+        source: Callable[[], Render] | None = None,
     ) -> Guidance:
-        """The guidance on a render taken at `now`; steps with the same `shared` moment hold one target."""
+        """The guidance on a render taken at `now`; steps with the same `shared` moment hold one target.
+
+        `source` renders the asset that is edited; it is asked only at steps that ask a rule.
+        """
         fresh = shared == now or not self.held
+        draw: Draw | None = None
+        original: Render | None = None
         seen: dict[Sees, Tensor] = {}
         loss = view.rgb.new_zeros(())
         aux: Tensor | None = None
@@ -115,10 +120,13 @@ class Guide:
                 seen[term.sees] = self.prior.encode(self.image(view, term.sees))
             x = seen[term.sees]
             if fresh or index not in self.held:
-                draw = self.draw(view, x, cameras, shared, index)
-                known = None if source is None else self.prior.encode(self.image(source, term.sees)).detach()
+                draw = self.draw(view, x, cameras, shared) if draw is None else draw
+                known = None
+                if source is not None:
+                    original = source() if original is None else original
+                    known = self.prior.encode(self.image(original, term.sees)).detach()
                 cond = self.bank.for_views(cameras, shading, known)
-                residual = term.rule.residual(x.detach(), draw, cond)
+                residual = term.rule.residual(x.detach(), for_term(draw, index), cond)
                 self._hold(index, residual)
             else:
                 residual = self.held[index].pull(x.detach())
@@ -138,8 +146,8 @@ class Guide:
             )
         return view.alpha * (0.5 * view.normal + 0.5) + 0.5 * (1.0 - view.alpha)
 
-    def draw(self, view: Render, x: Tensor, cameras: Cameras, now: Moment, index: int = 0) -> Draw:
-        """The randomness of a step: a pure function of seed, step, term, and the noise source's state."""
+    def draw(self, view: Render, x: Tensor, cameras: Cameras, now: Moment) -> Draw:
+        """The randomness of a step, for all terms: a pure function of seed, step, and the noise source's state."""
         stream = self.streams.stream("diffusion", now.step)
         t = self.time.sample(now, len(x), stream.fork("time")).to(x.device)
         shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
@@ -148,7 +156,7 @@ class Guide:
             t=self.prior.schedule.snap(t),
             noise=noise.to(x),
             schedule=self.prior.schedule,
-            stream=stream if index == 0 else stream.fork(f"term{index}"),
+            stream=stream,
             now=now,
         )
 
@@ -207,6 +215,11 @@ class Guide:
             values = {k: v.to(self.prior.device) for k, v in _part(held, f"{index}.").items()}
             weight = float(values.pop("image_weight"))
             self.held[index] = Held(**values, image_weight=weight)
+
+
+def for_term(draw: Draw, index: int) -> Draw:
+    """The draw of one term: the same time and noise, a random stream of its own."""
+    return draw if index == 0 else replace(draw, stream=draw.stream.fork(f"term{index}"))
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from sds3d.config.dump import dump
 from sds3d.errors import InputError
 from sds3d.events.bus import Emit, Finished, PhaseStarted, StepDone, Warned, to_all
 from sds3d.events.preview import tiled, to_image, write_png
-from sds3d.guide import Guide
+from sds3d.guide import Guide, for_term
 from sds3d.interfaces import Cameras, ParamGroup, Render, Shading, attach_gradient
 from sds3d.job import JobConfig, pick_device
 from sds3d.moment import Moment
@@ -140,11 +140,11 @@ def _guidance(
     view = Render(rgb=canvas[:, :3], alpha=flat, depth=flat * cameras.radius[:, None, None, None])
     cond = guide.bank.for_views(cameras, shading, source)
     loss = x.new_zeros(())
+    draw = guide.draw(view, x, cameras, now)
     for index, term in enumerate(guide.terms):
         if not term.acts(now):
             continue
-        draw = guide.draw(view, x, cameras, now, index)
-        residual = term.rule.residual(x.detach(), draw, cond)
+        residual = term.rule.residual(x.detach(), for_term(draw, index), cond)
         loss = loss + term.weight.at(now) * attach_gradient(x, guide.limited(residual.grad, now))
         if residual.image_target is not None and space == "pixels":
             away = residual.image_weight * (canvas.detach() - residual.image_target)

@@ -1,7 +1,7 @@
 """The optimisation loop: from a prompt's embedding to an optimised scene, one readable step at a time."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -118,12 +118,12 @@ class Loop:
         if self.index % self.log_every == 0 or self.index == self.steps:
             self.report(emit, view, report, {**penalties, **guidance.log})
 
-    @torch.no_grad()
-    def source(self, cameras: Cameras, shading: Shading) -> Render | None:
-        """The asset that is being edited, seen by the same cameras."""
-        if self.parts.source is None:
+    def source(self, cameras: Cameras, shading: Shading) -> Callable[[], Render] | None:
+        """How to render the asset that is being edited with the same cameras, if there is one."""
+        scene, stream = self.parts.source, self.parts.streams.stream("source")
+        if scene is None:
             return None
-        return self.parts.source.render(cameras, shading, self.parts.streams.stream("source"))
+        return torch.no_grad()(lambda: scene.render(cameras, shading, stream))
 
     def look(self, now: Moment) -> tuple[Cameras, Shading]:
         """Cameras and shading of a moment; a pure function of the seed and the moment."""

@@ -78,7 +78,8 @@ def ask(
     now = Moment(step, steps)
     moment = now if shared is None else Moment(shared, steps)
     old = None if source is None else replace(view, rgb=source, normal=None)
-    guide(view, CAMERAS, Shading(), now, moment, old).loss.backward()
+    render = None if old is None else lambda: old
+    guide(view, CAMERAS, Shading(), now, moment, render).loss.backward()
     grads = [torch.zeros_like(v) if v.grad is None else v.grad for v in (image, normal)]
     return Seen(*grads)
 
@@ -193,6 +194,36 @@ def test_a_source_render_reaches_editing_rules() -> None:
     assert float(ask(guide, source=X + 1.0).rgb.abs().max()) > 1e-3
     with pytest.raises(ConfigError, match=r"edit\.run"):
         ask(guide)
+
+
+def test_the_source_is_rendered_once_per_residual_and_not_while_a_target_is_held() -> None:
+    prior = make_prior()
+    rule = DDS(DDS.Config(source_prompt="y"), prior)
+    guide = make_guide(Term(rule=rule), Term(rule=rule), prior=prior, hold=3)
+    alpha = torch.ones_like(X[:, :1])
+    view, asked = Render(rgb=X.clone().requires_grad_(), alpha=alpha, depth=alpha), []
+
+    def source() -> Render:
+        asked.append(1)
+        return view
+
+    for step in range(6):
+        guide(view, CAMERAS, Shading(), Moment(step, 10), Moment(step - step % 3, 10), source)
+    assert len(asked) == 2
+
+
+def test_all_terms_of_a_step_share_one_noise() -> None:
+    prior = make_prior()
+    guide = make_guide(Term(rule=sds(prior)), Term(rule=sds(prior, cfg_scale=2.0)), prior=prior)
+    sample, drawn = guide.noise.sample, []
+
+    def counted(*words):
+        drawn.append(sample(*words))
+        return drawn[-1]
+
+    guide.noise.sample = counted
+    ask(guide)
+    assert len(drawn) == 1
 
 
 def test_two_rules_may_not_name_different_texts_alike() -> None:
