@@ -5,13 +5,10 @@ and what was there before a failure stays.
 """
 
 import json
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sds3d import __version__, checkpoint
+from sds3d import checkpoint
 from sds3d.asset import AssetReport, make_asset
 from sds3d.cameras.orbit import orbit_cameras
 from sds3d.config.dump import dump
-from sds3d.config.load import file_layers, resolve
-from sds3d.errors import (
-    CheckpointError,
-    CollapseError,
-    ConfigError,
-    ExportError,
-    InputError,
-    Sds3dError,
-)
+from sds3d.errors import CollapseError, ExportError, InputError, Sds3dError
 from sds3d.events.bus import (
     CheckpointSaved,
     Emit,
@@ -53,8 +42,9 @@ from sds3d.mesh.textured import render_textured
 from sds3d.ops.threads import one_thread_per_call
 from sds3d.optimize import Loop, build_loop
 from sds3d.paths import claim_folder, claim_run_folder, write_atomic
-from sds3d.rng import Stream, Streams
-from sds3d.scenes import SCENES, GaussianScene
+from sds3d.rng import Stream
+from sds3d.run_folder import edited_scene, last_checkpoint, new_manifest, open_run, restored_scene
+from sds3d.scenes import GaussianScene
 
 SLOW_STEP_S = 0.5  # steps slower than this are all reported, faster ones every few steps
 _COLORED = ("glb", "gltf", "obj", "ply")  # formats whose file can be shown on the contact sheet
@@ -134,7 +124,7 @@ def generate(
     """
     job.validate()
     folder = claim_folder(out) if out is not None else claim_run_folder(config_name, job.text())
-    run = _Run(job, folder, stop or Stop(), _new_manifest(job, config_name), list(listeners))
+    run = _Run(job, folder, stop or Stop(), new_manifest(job, config_name), list(listeners))
     with one_thread_per_call(pick_device(job.device)):
         try:
             run.note(status="running")
@@ -159,7 +149,7 @@ def resume(folder: Path, *, listeners: Sequence[Emit] = (), stop: Stop | None = 
 
     A finished run is returned as it is. Raises CheckpointError for a damaged or foreign checkpoint.
     """
-    job, manifest = _open(folder)
+    job, manifest = open_run(folder)
     if manifest.get("status") == "done":
         files = {name: folder / file for name, file in manifest.get("files", {}).items()}
         done = int(manifest.get("steps_done", job.steps))
@@ -171,7 +161,7 @@ def resume(folder: Path, *, listeners: Sequence[Emit] = (), stop: Stop | None = 
             seconds=float(manifest.get("seconds", 0)),
         )
     job.validate()
-    saved = _last_checkpoint(folder, job)
+    saved = last_checkpoint(folder, job)
     run = _Run(job, folder, stop or Stop(), manifest, list(listeners))
     with one_thread_per_call(pick_device(job.device)):
         loop = _build(run)
@@ -183,15 +173,14 @@ def resume(folder: Path, *, listeners: Sequence[Emit] = (), stop: Stop | None = 
 
 def export(folder: Path, formats: Sequence[str] = (), *, listeners: Sequence[Emit] = ()) -> RunResult:
     """Write the asset of a run's last checkpoint again, in other formats if given; loads no prior."""
-    job, manifest = _open(folder)
-    saved = _last_checkpoint(folder, job)
+    job, manifest = open_run(folder)
+    saved = last_checkpoint(folder, job)
     if saved is None:
         raise InputError(f"{folder}: holds no checkpoint to export; run: sds3d resume {folder}")
     if formats:
         job = replace(job, export=replace(job.export, formats=tuple(formats)))
     run = _Run(job, folder, Stop(), manifest, list(listeners))
-    scene = SCENES[job.scene.kind](job.scene.config, Streams(job.seed).stream("init"))
-    _restore(scene, saved)
+    scene = restored_scene(job, saved)
     device = pick_device(job.device)
     with one_thread_per_call(device):
         files = _export(run, scene.to(device), saved.step)
@@ -202,30 +191,11 @@ def export(folder: Path, formats: Sequence[str] = (), *, listeners: Sequence[Emi
 def _build(run: _Run) -> Loop:
     run.emit(PhaseStarted(name="loading"))
     device = pick_device(run.job.device)
-    loop = build_loop(run.job, device, *_source(run.job))
+    loop = build_loop(run.job, device, edited_scene(run.job))
     run.manifest["device"] = str(device)
     for message in loop.parts.prior.warnings([run.job.text(), run.job.negative_prompt]):
         run.emit(Warned(message=message))
     return loop
-
-
-def _source(job: JobConfig) -> list[Scene]:
-    """The scene of the run that is edited, if any; its settings must be those of this run."""
-    if job.edit.run is None:
-        return []
-    folder = Path(job.edit.run)
-    before, _ = _open(folder)
-    if before.scene != job.scene:
-        raise ConfigError(
-            f"edit.run: {folder} holds a {before.scene.kind!r} scene with other settings than this run's scene; "
-            "use the same config, or copy its scene settings"
-        )
-    saved = _last_checkpoint(folder, before)
-    if saved is None:
-        raise InputError(f"edit.run: {folder} holds no checkpoint; finish that run first")
-    scene = SCENES[before.scene.kind](before.scene.config, Streams(before.seed).stream("init"))
-    _restore(scene, saved)
-    return [scene]
 
 
 def _drive(run: _Run, loop: Loop) -> RunResult:
@@ -386,69 +356,3 @@ def _mesh_views(report: AssetReport, size_px: int) -> Float[Tensor, "9 3 H W"] |
     level = torch.ones(9)
     cameras = orbit_cameras(azimuths, elevations, 3.3 * level, 40.0 * level, size_px)
     return render_textured(mesh, cameras, torch.ones(9, 3))[0]
-
-
-def _restore(scene: Scene, saved: checkpoint.Checkpoint) -> None:
-    prefix = "scene."
-    state = {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
-    try:
-        scene.load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"the checkpoint does not fit this run's config.yaml: {error}") from error
-
-
-def _last_checkpoint(folder: Path, job: JobConfig) -> checkpoint.Checkpoint | None:
-    paths = checkpoint.listed(folder / "checkpoints")
-    if not paths:
-        return None
-    saved = checkpoint.load(paths[-1])
-    if saved.config_hash != job.hash():
-        raise CheckpointError(
-            f"{paths[-1]}: belongs to other settings than {folder / 'config.yaml'}; undo changes to that file"
-        )
-    return saved
-
-
-def _open(folder: Path) -> tuple[JobConfig, dict[str, Any]]:
-    """Job and manifest of a run folder; raises InputError where it is not one."""
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict):
-            raise ValueError("not a mapping")
-    except OSError as error:
-        raise InputError(
-            f"{folder}: not a run folder (no readable manifest.json: {error.strerror})"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); delete it and start the run again") from error
-    return resolve(JobConfig, file_layers(folder / "config.yaml")).config, manifest
-
-
-def _new_manifest(job: JobConfig, config_name: str) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "status": "running",
-        "prompt": job.text(),
-        "negative_prompt": job.negative_prompt,
-        "seed": job.seed,
-        "config": config_name,
-        "config_hash": job.hash(),
-        "prior": job.prior.name,
-        "scene": job.scene.kind,
-        "guidance": job.guidance.kind,
-        "steps": job.steps,
-        "steps_done": 0,
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": versions(),
-        "files": {},
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    found = {"sds3d": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    for name in ("torch", "numpy", "numba", "diffusers", "transformers", "trimesh", "gsplat", "nerfacc"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

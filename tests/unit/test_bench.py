@@ -15,7 +15,7 @@ from sds3d.bench.guidance import (
     run_bench,
     seeds_from,
 )
-from sds3d.bench.passes import CountingPrior, count_passes
+from sds3d.bench.passes import MutePrior, count_passes
 from sds3d.config.load import override_layers
 from sds3d.errors import ConfigError, InputError
 from sds3d.job import load_job
@@ -30,7 +30,7 @@ def test_passes_are_those_of_the_specification(method: str, passes: int) -> None
     job = load_job(f"toybox/{method}", override_layers(["prompt=a red mug"])).config
     guide = build_guide(job, torch.device("cpu"))
     assert count_passes(guide, job, samples=6) * job.camera.hold_steps == pytest.approx(passes)
-    assert not isinstance(guide.terms[0].rule.prior, CountingPrior)
+    assert not isinstance(guide.terms[0].rule.prior, MutePrior)
 
 
 def test_a_held_target_is_paid_once() -> None:

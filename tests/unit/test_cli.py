@@ -203,7 +203,8 @@ def test_no_words_at_all_show_the_help(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize(
-    ("command", "expected"), [("methods", "Poole et al. 2022"), ("priors", "toybox"), ("--version", __version__)]
+    ("command", "expected"),
+    [("methods", "Poole et al. 2022"), ("priors", "toybox"), ("--version", __version__)],
 )
 def test_listings(command: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command]) == 0

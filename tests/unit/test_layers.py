@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {"guide"},
     {"optimize", "asset"},
     {"job"},
+    {"run_folder"},
     {"run", "imaging"},
     {"bench"},
     {"doctor"},

@@ -1,0 +1,105 @@
+"""What stands in a run folder: manifest, config and checkpoints, and how a scene comes back from them."""
+
+import json
+import platform
+from contextlib import suppress
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sds3d import __version__, checkpoint
+from sds3d.config.load import file_layers, resolve
+from sds3d.errors import CheckpointError, ConfigError, InputError
+from sds3d.interfaces import Scene
+from sds3d.job import JobConfig
+from sds3d.rng import Streams
+from sds3d.scenes import SCENES
+
+
+def open_run(folder: Path) -> tuple[JobConfig, dict[str, Any]]:
+    """Job and manifest of a run folder; raises InputError where it is not one."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("not a mapping")
+    except OSError as error:
+        raise InputError(
+            f"{folder}: not a run folder (no readable manifest.json: {error.strerror})"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); delete it and start the run again") from error
+    return resolve(JobConfig, file_layers(folder / "config.yaml")).config, manifest
+
+
+def last_checkpoint(folder: Path, job: JobConfig) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint of a run folder, if any; CheckpointError where it belongs to other settings."""
+    paths = checkpoint.listed(folder / "checkpoints")
+    if not paths:
+        return None
+    saved = checkpoint.load(paths[-1])
+    if saved.config_hash != job.hash():
+        raise CheckpointError(
+            f"{paths[-1]}: belongs to other settings than {folder / 'config.yaml'}; undo changes to that file"
+        )
+    return saved
+
+
+def restored_scene(job: JobConfig, saved: checkpoint.Checkpoint) -> Scene:
+    """The scene of a checkpoint, on the CPU; CheckpointError where it does not fit the job."""
+    scene = SCENES[job.scene.kind](job.scene.config, Streams(job.seed).stream("init"))
+    prefix = "scene."
+    state = {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
+    try:
+        scene.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint does not fit this run's config.yaml: {error}") from error
+    return scene
+
+
+def edited_scene(job: JobConfig) -> Scene | None:
+    """The scene of the run that is edited, if any; its settings must be those of this run."""
+    if job.edit.run is None:
+        return None
+    folder = Path(job.edit.run)
+    before, _ = open_run(folder)
+    if before.scene != job.scene:
+        raise ConfigError(
+            f"edit.run: {folder} holds a {before.scene.kind!r} scene with other settings than this run's scene; "
+            "use the same config, or copy its scene settings"
+        )
+    saved = last_checkpoint(folder, before)
+    if saved is None:
+        raise InputError(f"edit.run: {folder} holds no checkpoint; finish that run first")
+    return restored_scene(before, saved)
+
+
+def new_manifest(job: JobConfig, config_name: str) -> dict[str, Any]:
+    """The manifest of a run that is about to start."""
+    return {
+        "schema": 1,
+        "status": "running",
+        "prompt": job.text(),
+        "negative_prompt": job.negative_prompt,
+        "seed": job.seed,
+        "config": config_name,
+        "config_hash": job.hash(),
+        "prior": job.prior.name,
+        "scene": job.scene.kind,
+        "guidance": job.guidance.kind,
+        "steps": job.steps,
+        "steps_done": 0,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": versions(),
+        "files": {},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    found = {"sds3d": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for name in ("torch", "numpy", "numba", "diffusers", "transformers", "trimesh", "gsplat", "nerfacc"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
