@@ -1,6 +1,6 @@
 """How many prior evaluations a method spends, counted without a network."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,65 +11,38 @@ from torch import Tensor
 from sds3d.cameras.sample import CameraLaw
 from sds3d.interfaces import NoiseSchedule, Prior, Render, Shading, Student, Told
 from sds3d.moment import Moment
+from sds3d.priors.wrapped import WrappedPrior
 
 if TYPE_CHECKING:
     from sds3d.guide import Guide
     from sds3d.job import JobConfig
 
 
-class CountingPrior:
-    """A prior that counts the bundles it is asked for; per view, as every bundle covers all views.
+class MutePrior(WrappedPrior):
+    """A prior that answers zeros and counts the bundles it is asked for; per view, as a bundle covers all views."""
 
-    With `mute` it answers zeros instead of asking the network.
-    """
-
-    def __init__(self, prior: Prior, *, mute: bool = False) -> None:
-        self.inner, self.mute, self.calls = prior, mute, 0.0
+    def __init__(self, inner: Prior) -> None:
+        super().__init__(inner)
+        self.schedule: NoiseSchedule = inner.schedule
+        self.calls = 0.0
         self.views = 0
-        self.device, self.shape, self.image_px = prior.device, prior.shape, prior.image_px
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.inner, name)
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """That of the prior."""
-        return self.inner.schedule
-
-    def encode_text(self, prompts: Sequence[str]) -> Float[Tensor, "p n d"]:
-        """As the prior does."""
-        return self.inner.encode_text(prompts)
-
-    def warnings(self, prompts: Sequence[str]) -> list[str]:
-        """As the prior does."""
-        return self.inner.warnings(prompts)
-
-    def encode(self, rgb: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
-        """As the prior does."""
-        return self.inner.encode(rgb)
-
-    def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
-        """As the prior does."""
-        return self.inner.decode(x)
 
     def eps(
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], *told: Told
     ) -> tuple[Float[Tensor, "b c h w"], ...]:
-        """Counts, then asks the prior or answers zeros."""
+        """Zeros."""
         self.calls += len(told)
-        if self.mute:
-            return tuple(torch.zeros_like(x_t) for _ in told)
-        return self.inner.eps(x_t, t, *told)
+        return tuple(torch.zeros_like(x_t) for _ in told)
 
 
 @contextmanager
-def counted(guide: "Guide") -> Iterator[CountingPrior]:
+def counted(guide: "Guide") -> Iterator[MutePrior]:
     """The guide's rules ask a mute prior, and their students, while this lasts; all of it is counted.
 
     A student's pass counts like one of the prior (it is as large), three where it learns from it (forward and twice
     that backward), by the share of the views it is asked about.
     """
-    counter = CountingPrior(guide.prior, mute=True)
+    counter = MutePrior(guide.prior)
     rules = [part for term in guide.terms for part in term.rule.modules()]
     owners = [part for part in rules if hasattr(part, "prior")]
     students = [part for part in rules if isinstance(part, Student)]
@@ -115,7 +88,8 @@ def count_passes(guide: "Guide", job: "JobConfig", samples: int = 24) -> float:
             x = guide.prior.encode(view.rgb)
             background = torch.ones(len(cameras), 3, device=guide.prior.device)
             cond = guide.bank.for_views(cameras, Shading(background=background))
-            for number, term in enumerate(guide.terms):
+            draw = guide.draw(view, x, cameras, now)
+            for term in guide.terms:
                 if term.acts(now):
-                    term.rule.residual(x, guide.draw(view, x, cameras, now, number), cond)
+                    term.rule.residual(x, draw, cond)
     return counter.calls / samples / hold

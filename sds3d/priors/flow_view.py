@@ -10,6 +10,7 @@ from torch import Tensor
 from sds3d.errors import PriorError
 from sds3d.interfaces import NoiseSchedule, ParamGroup, Prior, Student, Teacher, Told
 from sds3d.mathx.schedule import FlowSchedule
+from sds3d.priors.wrapped import WrappedPrior
 from sds3d.rng import Stream
 
 NODES = 4001  # of the table that finds times; holds every step of schedules with 1000, 2000 or 4000 of them
@@ -67,7 +68,7 @@ class FlowViewSchedule(FlowSchedule):
         return x_t / torch.hypot(self.alpha(t), self.sigma(t)), self.to_vp(t).to(t.dtype)
 
 
-class FlowView:
+class FlowView(WrappedPrior):
     """A variance-preserving prior as its equivalent rectified flow x_f = (1 - t) x + t noise.
 
     x_f / sqrt((1 - t)^2 + t^2) is a sample of the wrapped prior at the time where sigma / alpha = t / (1 - t), with the
@@ -75,25 +76,8 @@ class FlowView:
     """
 
     def __init__(self, inner: Prior) -> None:
-        self.inner = inner
-        self.device, self.shape, self.image_px = inner.device, inner.shape, inner.image_px
+        super().__init__(inner)
         self.schedule = FlowViewSchedule(vp_time=VPTime(inner.schedule, inner.device))
-
-    def encode_text(self, prompts: Sequence[str]) -> Float[Tensor, "p n d"]:
-        """As the wrapped prior does."""
-        return self.inner.encode_text(prompts)
-
-    def warnings(self, prompts: Sequence[str]) -> list[str]:
-        """As the wrapped prior does."""
-        return self.inner.warnings(prompts)
-
-    def encode(self, rgb: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
-        """As the wrapped prior does."""
-        return self.inner.encode(rgb)
-
-    def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
-        """As the wrapped prior does."""
-        return self.inner.decode(x)
 
     def eps(
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], *told: Told
