@@ -6,18 +6,15 @@ Both are measured over the last steps of a run, on a formed object. The bar is t
 step. `cpu` rows are process time, which other programs on the machine disturb less than wall time.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import measured_loop
 
-from sds3d.config.load import override_layers
-from sds3d.job import load_job, pick_device
-from sds3d.optimize import Loop, build_loop
+from sds3d.optimize import Loop
 
 
 class Clock:
@@ -56,17 +53,8 @@ def measure(loop: Loop, warm_up: int, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--config", default="toybox/cfd")
-    parser.add_argument("--steps", type=int, default=40, help="measured steps, taken at the end of the run")
-    parser.add_argument("--prompt", default="a red mug")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("settings", nargs="*", help="key=value")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    job = load_job(given.config, override_layers([f'prompt="{given.prompt}"', *given.settings])).config
-    loop = build_loop(job, pick_device(job.device))
-    times = measure(loop, max(0, job.steps - given.steps), given.steps)
+    given = measured_loop("toybox/cfd", 40)
+    times = measure(given.loop, given.warm_up, given.steps)
     for name, ms in times.items():
         print(f"{name:20s} {ms:8.2f} ms/step")
     ratios = {f"noise / {name}": times["noise cpu"] / times[f"{name} cpu"] for name in ("prior", "step")}

@@ -6,18 +6,15 @@ The bar is the ratio of a whole step to the bare prior evaluations of that step,
 times are medians over the measured steps after a warm-up; averages over a hold period are exact sums.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import measured_loop
 
-from sds3d.config.load import override_layers
-from sds3d.job import load_job, pick_device
-from sds3d.optimize import Loop, build_loop
+from sds3d.optimize import Loop
 
 
 class Split:
@@ -63,18 +60,8 @@ def measure(loop: Loop, warm_up: int, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--config", default="default")
-    parser.add_argument("--steps", type=int, default=60, help="measured steps, taken at the end of the run")
-    parser.add_argument("--prompt", default="a red mug")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("settings", nargs="*", help="key=value")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    job = load_job(given.config, override_layers([f'prompt="{given.prompt}"', *given.settings])).config
-    loop = build_loop(job, pick_device(job.device))
-    # Measure where the run spends most of its time: at the final render size, on a formed object.
-    times = measure(loop, max(0, job.steps - given.steps), given.steps)
+    given = measured_loop("default", 60)
+    times = measure(given.loop, given.warm_up, given.steps)
     for name, ms in sorted(times.items(), key=lambda item: item[1]):
         print(f"{name:20s} {ms:8.2f} ms/step")
     ratio = times["total"] / times["prior"]
