@@ -91,9 +91,9 @@ class Render:
 class Told:
     """One bundle of what the prior is told about b views: one row of a batched network call."""
 
-    text: Float[Tensor, "b n d"]
-    pooled: Float[Tensor, "b e"] | None = None
-    image: Float[Tensor, "b m d"] | None = None  # image-prompt tokens, for priors that take them
+    text: Float[Tensor, "b n d"]  # opaque: only the prior that made it looks inside
+    image: Float[Tensor, "b m d"] | None = None  # embedding of an image prompt; None beside others: no image
+    control: Float[Tensor, "b q H W"] | None = None  # pictures in [0, 1] that steer the layout (ControlNet)
     cameras: Cameras | None = None
     background: Float[Tensor, "b 3"] | None = None
 
@@ -104,8 +104,8 @@ class Condition:
 
     Enters: `negatives` and `negative_weights` by Perp-Neg, `cameras` and `background` by camera-conditioned
     priors, `extra` by rules that ask for prompts of their own (`Rule.prompts`), `image` by image-prompt rules,
-    `source` by editing rules. The null bundle keeps the background (it is known, not asked for) but drops text
-    and camera.
+    `source` by editing rules, `control` by priors with control networks. The null bundle keeps background and
+    control (they are known, not asked for) but drops text and camera.
     """
 
     text: Float[Tensor, "b n d"]  # view-dependent
@@ -122,35 +122,41 @@ class Condition:
     negative_weights: Float[Tensor, "b k"] | None = None
     cameras: Cameras | None = None
     background: Float[Tensor, "b 3"] | None = None
+    control: Float[Tensor, "b q H W"] | None = (
+        None  # goes with every bundle: the layout is known, not asked for
+    )
 
     def as_text(self) -> Told:
         """Prompt, camera and background."""
-        return Told(text=self.text, cameras=self.cameras, background=self.background)
+        return self._tell(self.text, camera=True)
 
     def as_image(self) -> Told:
         """Prompt and image prompt, camera and background; ValueError where there is no image prompt."""
         if self.image is None:
             raise ValueError("this condition holds no image prompt")
-        return Told(text=self.text, image=self.image, cameras=self.cameras, background=self.background)
+        return replace(self._tell(self.text, camera=True), image=self.image)
 
     def as_null(self) -> Told:
         """Empty prompt, no camera."""
-        return Told(text=self.null, background=self.background)
+        return self._tell(self.null)
 
     def as_base(self) -> Told:
         """What classifier-free guidance moves away from: the negative prompt where given, else the null bundle."""
-        text = self.null if self.negative is None else self.negative
-        return Told(text=text, background=self.background)
+        return self._tell(self.null if self.negative is None else self.negative)
 
     def as_extra(self, name: str) -> Told:
         """A rule's own prompt with camera and background; KeyError for a name that the rule did not ask for."""
-        return Told(text=self.extra[name], cameras=self.cameras, background=self.background)
+        return self._tell(self.extra[name], camera=True)
 
     def as_negative(self, index: int) -> Told:
         """The index-th Perp-Neg negative of every view (no camera: it would contradict the view word)."""
         if self.negatives is None:
             raise ValueError("this condition holds no Perp-Neg negatives")
-        return Told(text=self.negatives[:, index], background=self.background)
+        return self._tell(self.negatives[:, index])
+
+    def _tell(self, text: Float[Tensor, "b n d"], *, camera: bool = False) -> Told:
+        cameras = self.cameras if camera else None
+        return Told(text=text, cameras=cameras, background=self.background, control=self.control)
 
 
 @runtime_checkable

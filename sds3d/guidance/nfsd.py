@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sds3d.config.option import option
 from sds3d.guidance.predict import predict
-from sds3d.interfaces import Condition, Draw, Residual, Rule, RuleInfo, Told
+from sds3d.interfaces import Condition, Draw, Residual, Rule, RuleInfo
 from sds3d.mathx.weight import WeightName, weight
 
 
@@ -50,7 +50,7 @@ class NFSD(Rule):
         config = self.config
         known = replace(cond, negative=None)  # the text direction starts at the null prompt
         # Seen without camera, like every negative: the direction away from it must not point away from the view.
-        bad = Told(text=cond.extra["nfsd_negative"], background=cond.background)
+        bad = replace(cond.as_extra("nfsd_negative"), cameras=None)
         also = (bad,) if config.negative.strip() else ()
         seen = predict(self.prior, draw.diffuse(x), draw.t, known, 1.0, *also)
         negative = seen.also[0] if also else seen.base

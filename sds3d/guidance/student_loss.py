@@ -56,7 +56,8 @@ def student_of(prior: Prior, config: StudentConfig, stream: Stream | None) -> St
 def told_student(cond: Condition, *, camera: bool = True) -> Told:
     """What a student is told: the prompt without view words, so that only the camera speaks of the view."""
     text = cond.text if cond.plain is None else cond.plain
-    return Told(text=text, cameras=cond.cameras if camera else None, background=cond.background)
+    cameras = cond.cameras if camera else None
+    return Told(text=text, cameras=cameras, background=cond.background, control=cond.control)
 
 
 def denoising_loss(

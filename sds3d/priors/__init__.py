@@ -2,27 +2,27 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 
-from sds3d.config.option import option
 from sds3d.errors import PriorError
 from sds3d.interfaces import Need, Prior
 from sds3d.paths import data_dir
+from sds3d.priors.config import PriorConfig
 
+if TYPE_CHECKING:
+    from sds3d.priors.network import NetworkPrior
 
-@dataclass(frozen=True, kw_only=True)
-class PriorConfig:
-    """Which frozen diffusion model guides the run."""
-
-    name: str = option("toybox", help="a name listed by `sds3d priors`, or a diffusers pipeline folder")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", help="network precision; auto = bfloat16 (schedule algebra stays in float32)"
-    )
-    as_flow: bool = option(
-        False, help="see the model through its equivalent rectified flow, for rules written for flows"
-    )
+__all__ = [
+    "PriorConfig",
+    "PriorInfo",
+    "known_priors",
+    "load_prior",
+    "missing_offer",
+    "open_prior",
+    "prior_offers",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,28 @@ def load_prior(config: PriorConfig, device: torch.device) -> Prior:
             f"prior {config.name!r}: not one of {', '.join(sorted(known))} and no such folder; "
             "give a name from `sds3d priors` or the path of a diffusers pipeline folder"
         )
-    from sds3d.priors.diffusers_image import DiffusersPrior, load_parts
     from sds3d.priors.flow_view import FlowView
 
-    dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
-    prior = DiffusersPrior(load_parts(folder, dtype), device, dtype)
+    prior = open_prior(folder, config, device)
     return FlowView(prior) if config.as_flow else prior
+
+
+def open_prior(folder: Path, config: PriorConfig, device: torch.device) -> "NetworkPrior":
+    """The prior of a pipeline folder on this machine.
+
+    Raises:
+        PriorError: the folder is not a complete pipeline of a known family.
+    """
+    from sds3d.priors.families import LoadOptions, builder, family_of
+    from sds3d.priors.folder import PipelineFolder
+    from sds3d.priors.network import NetworkPrior
+
+    options = LoadOptions(config=config, device=device, dtype=pick_dtype(config.dtype))
+    pipeline = PipelineFolder(folder)
+    parts = builder(family_of(pipeline.pipeline, folder))(pipeline, options)
+    return NetworkPrior(parts, device, options.dtype)
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """The network's precision by its name in the config."""
+    return torch.bfloat16 if name == "auto" else getattr(torch, name)

@@ -1,12 +1,16 @@
 """What toybox models are told besides the text: camera, background, and where each pixel lies.
 
-Shared by training (`sds3d.toybox.train`) and inference (`sds3d.priors.diffusers_image`), so that both sides mean
-the same numbers. A missing camera or background is all zeros with its flag at 0, as trained with dropout.
+Shared by training (`sds3d.toybox.train`) and inference (`sds3d.priors.families.stable_diffusion`), so that both sides
+mean the same numbers. A missing camera or background is all zeros with its flag at 0, as trained with dropout.
 """
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from sds3d.interfaces import Told
 
 CONDITION_SIZE = 10
 RADIUS_CENTER_M = 3.3
@@ -53,3 +57,30 @@ def condition_vector(
     )
     ground = torch.cat([2.0 * background - 1.0, torch.ones_like(background[:, :1])], dim=1)
     return torch.cat([camera * camera_known[:, None], ground * background_known[:, None]], dim=1)
+
+
+def camera_background_labels(told: Sequence[Told], views: int) -> Float[Tensor, "r 10"]:
+    """Camera and background of every row; zeros with their flag off where not told."""
+    device = told[0].text.device
+    none = torch.zeros(views, device=device)
+    rows = []
+    for bundle in told:
+        cameras, background = bundle.cameras, bundle.background
+        if cameras is None and background is None:
+            rows.append(none[:, None].expand(views, CONDITION_SIZE))
+            continue
+        azimuth = elevation = radius = none
+        if cameras is not None:
+            azimuth, elevation, radius = cameras.azimuth_deg, cameras.elevation_deg, cameras.radius
+        ground = none[:, None].expand(views, 3) if background is None else background
+        rows.append(
+            condition_vector(
+                azimuth.to(device),
+                elevation.to(device),
+                radius.to(device),
+                ground.to(device),
+                none + float(cameras is not None),
+                none + float(background is not None),
+            )
+        )
+    return torch.cat(rows)

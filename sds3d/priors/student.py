@@ -5,11 +5,12 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sds3d.interfaces import ParamGroup, Student, Told
-from sds3d.priors.diffusers_image import DiffusersPrior
+from sds3d.priors.network import Denoiser, Labels, NetworkPrior, with_module
 from sds3d.rng import Stream
 
 POSE_SIZE = 16  # the entries of a camera-to-world matrix
@@ -19,35 +20,37 @@ class LoraStudent(Student):
     """A low-rank adapter on a second view of a prior's UNet: W x + B A x with B = 0 at the start.
 
     The second UNet shares every base weight with the prior, and only the adapter (float32 whatever the precision of
-    the base) is trained and stored. Where the prior has no camera input of its own, a small network of the
-    camera-to-world matrix is added to the time embedding, zero at the start.
+    the base) is trained and stored. Where a UNet has no camera input of its own, a small network of the
+    camera-to-world matrix is added to its time embedding, zero at the start.
 
     Source: Hu et al. 2021 (LoRA, arXiv:2106.09685); the camera embedding: Wang et al. 2023 (ProlificDreamer,
     arXiv:2305.16213).
     """
 
     def __init__(
-        self, prior: DiffusersPrior, *, rank: int, lr: float, convolutions: bool, stream: Stream
+        self, prior: NetworkPrior, *, rank: int, lr: float, convolutions: bool, stream: Stream
     ) -> None:
         """`convolutions` also adapts the convolutions of the residual blocks, for UNets with little attention."""
         super().__init__()
-        unet, lora = _with_lora(prior.unet, rank, convolutions, stream.fork("lora"))
+        base = prior.denoiser.module
+        twin, lora = _with_lora(base, rank, convolutions, stream.fork("lora"))
         # Held in a tuple, unseen by nn.Module: the frozen weights stay out of state_dict() and out of checkpoints.
-        self._frozen = (prior, unet)
+        self._frozen: tuple[NetworkPrior, Denoiser] = (prior, with_module(prior.denoiser, twin))
         self.lr = lr
+        self.labels: Labels | None = prior.labels
         self.lora = nn.ParameterDict({name.replace(".", "/"): p for name, p in lora.items()})
         self.pose: nn.Module | None = None
-        if not prior.takes_condition:
-            self.pose = _pose_network(prior.unet.time_embedding.linear_2.out_features, stream.fork("pose"))
-            unet.class_embedding = self.pose.to(prior.device)
+        if not prior.takes_camera and isinstance(base, UNet2DConditionModel):
+            self.pose = _pose_network(base.time_embedding.linear_2.out_features, stream.fork("pose"))
+            twin.class_embedding = self.pose.to(prior.device)
+            self.labels = _poses
 
     def eps(
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], *told: Told
     ) -> tuple[Float[Tensor, "b c h w"], ...]:
         """Noise predictions, one per bundle, through the same conversions as the prior's."""
-        prior, unet = self._frozen
-        condition = prior.condition(told, len(x_t)) if self.pose is None else _poses(told, x_t)
-        return prior.eps_of(unet, condition, x_t, t, *told)
+        prior, denoiser = self._frozen
+        return prior.eps_of(denoiser, self.labels, x_t, t, *told)
 
     def groups(self) -> Sequence[ParamGroup]:
         """One group."""
@@ -78,7 +81,7 @@ def _with_lora(
 
 def _is_target(name: str, module: nn.Module, convolutions: bool) -> bool:
     if isinstance(module, nn.Linear):
-        return ".attn1." in name or ".attn2." in name
+        return any(f".{attention}." in name for attention in ("attn", "attn1", "attn2"))
     return convolutions and isinstance(module, nn.Conv2d) and ".resnets." in name
 
 
@@ -93,9 +96,9 @@ def _pose_network(size: int, stream: Stream) -> nn.Module:
     return nn.Sequential(first, nn.SiLU(), last)
 
 
-def _poses(told: Sequence[Told], x_t: Tensor) -> Float[Tensor, "r 16"]:
+def _poses(told: Sequence[Told], views: int) -> Float[Tensor, "r 16"]:
     """The camera-to-world matrix of every row; zeros where no camera is told."""
-    none = torch.zeros(len(x_t), POSE_SIZE, device=x_t.device)
+    none = torch.zeros(views, POSE_SIZE, device=told[0].text.device)
     return torch.cat(
         [
             none if bundle.cameras is None else bundle.cameras.c2w.reshape(-1, POSE_SIZE).to(none)

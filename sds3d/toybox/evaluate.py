@@ -26,7 +26,8 @@ from sds3d.interfaces import Cameras, Prior, Told
 from sds3d.mathx.ode import ddim_step
 from sds3d.mathx.predict import eps_from_x0, x0_from_eps
 from sds3d.paths import write_atomic
-from sds3d.priors.diffusers_image import DiffusersPrior, load_parts
+from sds3d.priors import PriorConfig, open_prior
+from sds3d.priors.network import NetworkPrior
 from sds3d.rng import Streams
 from sds3d.toybox.batch import sample_background
 from sds3d.toybox.captions import short_caption
@@ -143,7 +144,7 @@ def _batches(count: int, size: int) -> Iterator[slice]:
 
 
 def sample_questions(
-    prior: DiffusersPrior, questions: Sequence[Question], cfg: float, options: argparse.Namespace
+    prior: NetworkPrior, questions: Sequence[Question], cfg: float, options: argparse.Namespace
 ) -> Float[Tensor, "n 3 H W"]:
     """One picture per question; the noise of a question depends on the seed and its place only."""
     streams = Streams(options.seed)
@@ -152,7 +153,7 @@ def sample_questions(
     for part in _batches(len(questions), options.batch):
         rows = questions[part]
         noise = [streams.stream("evaluate", part.start + i).normal(1, *prior.shape) for i in range(len(rows))]
-        told = prior.takes_condition
+        told = prior.takes_camera
         pictures.append(
             sample(
                 prior,
@@ -277,7 +278,7 @@ def contact_sheet(
     return Image.fromarray((rows * 255.0).round().byte().numpy())
 
 
-def evaluate(prior: DiffusersPrior, judge: Judge, options: argparse.Namespace) -> dict[str, Any]:
+def evaluate(prior: NetworkPrior, judge: Judge, options: argparse.Namespace) -> dict[str, Any]:
     """The whole report, and the contact sheet of the last guidance scale if asked for."""
     questions = ask(Streams(options.seed).stream("questions").numpy_generator(), options.samples)
     report: dict[str, Any] = {key: getattr(options, key) for key in ("samples", "steps", "seed", "no_camera")}
@@ -321,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     """Load, evaluate, write the reports."""
     options = parse(argv)
     device = torch.device(options.device)
-    prior = DiffusersPrior(load_parts(options.prior), device, torch.float32)
+    prior = open_prior(options.prior, PriorConfig(dtype="float32"), device)
     report = evaluate(prior, load_judge(device, options.judge), options)
     write_atomic(options.out, (json.dumps(report, indent=2) + "\n").encode())
     write_atomic(options.out.with_suffix(".md"), markdown(report).encode())

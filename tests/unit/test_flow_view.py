@@ -237,8 +237,7 @@ def test_float32_times_reach_the_right_network_step() -> None:
 
 
 def test_as_flow_wraps_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sds3d.priors.diffusers_image.load_parts", lambda folder, dtype: folder)
-    monkeypatch.setattr("sds3d.priors.diffusers_image.DiffusersPrior", lambda parts, device, dtype: vp(TABLE))
+    monkeypatch.setattr("sds3d.priors.open_prior", lambda folder, config, device: vp(TABLE))
     device = torch.device("cpu")
     assert isinstance(load_prior(PriorConfig(), device), AnalyticPrior)
     assert isinstance(load_prior(PriorConfig(as_flow=True), device), FlowView)

@@ -30,10 +30,12 @@ from sds3d.mathx.schedule import CosineSchedule, FlowSchedule
 from sds3d.moment import Moment
 from sds3d.optim import Optimizer, OptimizerConfig
 from sds3d.optimize import Loop, Parts, PenaltyConfig
+from sds3d.priors import PriorConfig
 from sds3d.priors.analytic import AnalyticPrior, Mixture
-from sds3d.priors.diffusers_image import DiffusersPrior
-from sds3d.priors.diffusers_image import Parts as PriorParts
+from sds3d.priors.families import LoadOptions
+from sds3d.priors.families.stable_diffusion import assemble
 from sds3d.priors.flow_view import FlowView
+from sds3d.priors.network import NetworkPrior
 from sds3d.priors.text import PromptingConfig, TextBank
 from sds3d.rng import Stream, Streams
 from sds3d.toybox.model import build_scheduler, build_text_encoder, build_tokenizer, build_unet
@@ -466,7 +468,7 @@ def test_small_nets_learn(kind: str) -> None:
 # --- a LoRA on a small UNet ------------------------------------------------------------------------------------------
 
 
-def small_prior(kind: str = "toybox", dtype: torch.dtype = torch.float32) -> DiffusersPrior:
+def small_prior(kind: str = "toybox", dtype: torch.dtype = torch.float32) -> NetworkPrior:
     torch.manual_seed(0)
     tokenizer = build_tokenizer(("y", "mug"))
     if kind == "toybox":
@@ -487,17 +489,23 @@ def small_prior(kind: str = "toybox", dtype: torch.dtype = torch.float32) -> Dif
         )
         scheduler, extra = DDIMScheduler(prediction_type="v_prediction"), {}
     text = build_text_encoder(len(tokenizer), width=32)
-    parts = PriorParts(
-        tokenizer=tokenizer, text_encoder=text, unet=unet, scheduler=scheduler, vae=None, extra=extra
+    parts = assemble(
+        tokenizer=tokenizer,
+        encoder=text,
+        unet=unet,
+        scheduler=scheduler,
+        vae=None,
+        extra=extra,
+        options=LoadOptions(config=PriorConfig(), device=CPU, dtype=dtype),
     )
-    return DiffusersPrior(parts, CPU, dtype)
+    return NetworkPrior(parts, CPU, dtype)
 
 
-def lora_of(prior: DiffusersPrior, convolutions: bool = False, seed: int = 0) -> Student:
+def lora_of(prior: NetworkPrior, convolutions: bool = False, seed: int = 0) -> Student:
     return prior.student(rank=2, lr=1e-2, convolutions=convolutions, stream=Stream(seed, "student"))
 
 
-def views_of(prior: DiffusersPrior, count: int = 2) -> tuple[Tensor, Draw, Condition]:
+def views_of(prior: NetworkPrior, count: int = 2) -> tuple[Tensor, Draw, Condition]:
     x, noise = randn(count, *prior.shape, seed=5).float(), randn(count, *prior.shape, seed=6).float()
     t = prior.schedule.snap(torch.linspace(0.3, 0.8, count))
     text, null = prior.encode_text(["y mug", ""])
@@ -532,13 +540,13 @@ def test_a_new_lora_equals_its_base_to_the_last_bit(
 def test_a_lora_shares_the_weights_of_its_base_and_stores_none_of_them() -> None:
     prior = small_prior()
     own, wide = lora_of(prior), lora_of(prior, convolutions=True)
-    prior_weights = {p.data_ptr() for p in prior.unet.parameters()}
-    _, unet = own._frozen
+    prior_weights = {p.data_ptr() for p in prior.denoiser.module.parameters()}
+    unet = own._frozen[1].module
     frozen = {p.data_ptr() for p in unet.parameters() if not p.requires_grad}
     assert frozen == prior_weights
     stored = sum(v.numel() for v in own.state_dict().values())
     assert stored == sum(p.numel() for group in own.groups() for p in group.params)
-    assert stored < 0.2 * sum(p.numel() for p in prior.unet.parameters())
+    assert stored < 0.2 * sum(p.numel() for p in prior.denoiser.module.parameters())
     assert len(wide.state_dict()) > len(own.state_dict())
 
 
@@ -565,7 +573,7 @@ def test_a_lora_speaks_eps_whatever_its_network_predicts(prediction: str) -> Non
     own = lora_of(prior)
     perturb(own)
     x, draw, cond = views_of(prior)
-    _, unet = own._frozen
+    unet = own._frozen[1].module
     with torch.no_grad():
         poses = cond.cameras.c2w.reshape(-1, 16)
         raw = unet(x, prior.schedule.index(draw.t), cond.text, class_labels=poses, return_dict=False)[0]
@@ -600,7 +608,7 @@ def test_gradients_stay_on_their_side() -> None:
     assert not residual.grad.requires_grad
     residual.aux_loss.backward()
     assert x.grad is None
-    assert all(p.grad is None and not p.requires_grad for p in prior.unet.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in prior.denoiser.module.parameters())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in rule.student.parameters())
     assert {id(p) for p in rule.parameters()} == {id(p) for g in rule.groups() for p in g.params}
 
@@ -609,7 +617,7 @@ def test_a_learning_lora_lowers_its_loss_and_leaves_the_prior_alone() -> None:
     prior = small_prior()
     x, draw, cond = views_of(prior, 1)
     x = torch.full_like(x, 0.5)
-    weights = {name: p.clone() for name, p in prior.unet.named_parameters()}
+    weights = {name: p.clone() for name, p in prior.denoiser.module.named_parameters()}
     (before,) = prior.eps(x, draw.t, cond.as_text())
     own = prior.student(rank=8, lr=0.1, convolutions=False, stream=Stream(0, "student"))
     optimizer = Optimizer(own.groups(), OptimizerConfig(lr_factor=Ramp.constant(1.0)))
@@ -620,7 +628,7 @@ def test_a_learning_lora_lowers_its_loss_and_leaves_the_prior_alone() -> None:
         optimizer.step(loss, Moment(step, 12))
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
     assert torch.equal(prior.eps(x, draw.t, cond.as_text())[0], before)
-    assert all(torch.equal(p, weights[name]) for name, p in prior.unet.named_parameters())
+    assert all(torch.equal(p, weights[name]) for name, p in prior.denoiser.module.named_parameters())
 
 
 def test_random_scale_of_a_new_lora_stands_still() -> None:

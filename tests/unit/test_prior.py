@@ -13,14 +13,15 @@ from sds3d.guidance import SDS
 from sds3d.interfaces import Draw, Told
 from sds3d.mathx.ode import ddim_step
 from sds3d.mathx.predict import eps_from_v, eps_from_x0
-from sds3d.priors import PriorConfig, known_priors, load_prior
+from sds3d.priors import PriorConfig, known_priors, load_prior, open_prior
 from sds3d.priors.camera_condition import condition_vector, with_coordinates
-from sds3d.priors.diffusers_image import DiffusersPrior, load_parts
+from sds3d.priors.network import NetworkPrior
 from sds3d.rng import Stream
 from sds3d.toybox.captions import VOCABULARY
 from sds3d.toybox.model import build_model, save_model
 
 CPU = torch.device("cpu")
+FLOAT32 = PriorConfig(dtype="float32")
 
 
 def reseed() -> None:
@@ -41,8 +42,8 @@ def toybox_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prior(toybox_folder: Path) -> DiffusersPrior:
-    return DiffusersPrior(load_parts(toybox_folder), CPU, torch.float32)
+def prior(toybox_folder: Path) -> NetworkPrior:
+    return open_prior(toybox_folder, FLOAT32, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def latent_folder(toybox_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-def test_encode_and_decode_are_inverse_and_differentiable(prior: DiffusersPrior) -> None:
+def test_encode_and_decode_are_inverse_and_differentiable(prior: NetworkPrior) -> None:
     rgb = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     x = prior.encode(rgb)
     assert x.shape[1:] == prior.shape
@@ -90,16 +91,16 @@ def test_encode_and_decode_are_inverse_and_differentiable(prior: DiffusersPrior)
     torch.testing.assert_close(rgb.grad, torch.full_like(rgb, 2.0))
 
 
-def test_encode_resizes(prior: DiffusersPrior) -> None:
+def test_encode_resizes(prior: NetworkPrior) -> None:
     gray = torch.full((1, 3, 32, 32), 0.25)
     torch.testing.assert_close(prior.decode(prior.encode(gray)), torch.full((1, 3, 64, 64), 0.25))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_eps_converts_each_network_output(prior: DiffusersPrior, prediction: str) -> None:
+def test_eps_converts_each_network_output(prior: NetworkPrior, prediction: str) -> None:
     x, t = randn(2, *prior.shape), torch.tensor([0.3, 0.9])
     text = prior.encode_text(["a red mug", "a blue car"])
-    raw = prior.unet(
+    raw = prior.denoiser.module(
         with_coordinates(x), prior.schedule.index(t), text, class_labels=torch.zeros(2, 10), return_dict=False
     )[0]
     a, s = prior.schedule.alpha(t), prior.schedule.sigma(t)
@@ -112,9 +113,7 @@ def test_eps_converts_each_network_output(prior: DiffusersPrior, prediction: str
     torch.testing.assert_close(eps, expected[prediction].detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_bundles_in_one_call_equal_single_calls(
-    prior: DiffusersPrior, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bundles_in_one_call_equal_single_calls(prior: NetworkPrior, monkeypatch: pytest.MonkeyPatch) -> None:
     x, t = randn(3, *prior.shape), torch.tensor([0.3, 0.6, 0.9])
     text = prior.encode_text(["a red mug", "a blue car", "a green tree"])
     cameras = turntable_cameras(3, 64)
@@ -130,7 +129,7 @@ def test_bundles_in_one_call_equal_single_calls(
         torch.testing.assert_close(prior.eps(x, t, bundle)[0], eps, rtol=1e-4, atol=1e-4)
 
 
-def test_camera_and_background_reach_the_network(prior: DiffusersPrior) -> None:
+def test_camera_and_background_reach_the_network(prior: NetworkPrior) -> None:
     x, t = randn(1, *prior.shape), torch.tensor([0.5])
     text = prior.encode_text(["a red mug"])
     front = turntable_cameras(1, 64)
@@ -169,7 +168,7 @@ def test_condition_vector_layout() -> None:
     assert hidden.abs().max() == 0.0
 
 
-def test_no_gradient_reaches_prior_parameters(prior: DiffusersPrior) -> None:
+def test_no_gradient_reaches_prior_parameters(prior: NetworkPrior) -> None:
     rule = SDS(SDS.Config(), prior)
     x = randn(1, *prior.shape)
     text, null = (prior.encode_text([p]) for p in ("a red mug", ""))
@@ -183,14 +182,14 @@ def test_no_gradient_reaches_prior_parameters(prior: DiffusersPrior) -> None:
     )
     residual = rule.residual(x, draw, Condition(text=text, null=null))
     assert not residual.grad.requires_grad
-    assert all(p.grad is None and not p.requires_grad for p in prior.unet.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in prior.denoiser.module.parameters())
 
 
 def test_latent_model_loads_through_the_same_path(latent_folder: Path) -> None:
-    latent = DiffusersPrior(load_parts(latent_folder), CPU, torch.float32)
+    latent = open_prior(latent_folder, FLOAT32, CPU)
     assert latent.shape == (4, 8, 8)
     assert latent.image_px == 16
-    assert not latent.takes_condition
+    assert not latent.takes_camera
     rgb = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
     x = latent.encode(rgb)
     assert x.shape == (1, 4, 8, 8)
@@ -201,10 +200,12 @@ def test_latent_model_loads_through_the_same_path(latent_folder: Path) -> None:
 
 def test_sampling_agrees_with_the_diffusers_scheduler(latent_folder: Path) -> None:
     """Our eps and DDIM step reproduce diffusers' own loop with guidance on the same network."""
-    parts = load_parts(latent_folder)
-    latent = DiffusersPrior(parts, CPU, torch.float32)
+    latent = open_prior(latent_folder, FLOAT32, CPU)
     scheduler = DDIMScheduler.from_config(
-        parts.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+        DDIMScheduler.load_config(latent_folder / "scheduler"),
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
     )
     scheduler.set_timesteps(5)
     text, null = (latent.encode_text([p]) for p in ("a red mug", ""))
@@ -214,12 +215,14 @@ def test_sampling_agrees_with_the_diffusers_scheduler(latent_folder: Path) -> No
         eps_null, eps_text = latent.eps(ours, t, Told(text=null), Told(text=text))
         ours = ddim_step(ours, eps_null + 4.0 * (eps_text - eps_null), latent.schedule, t, t - 0.2)
         with torch.no_grad():
-            both = parts.unet(theirs.repeat(2, 1, 1, 1), index, torch.cat([null, text])).sample.chunk(2)
+            both = latent.denoiser.module(
+                theirs.repeat(2, 1, 1, 1), index, torch.cat([null, text])
+            ).sample.chunk(2)
         theirs = scheduler.step(both[0] + 4.0 * (both[1] - both[0]), index, theirs).prev_sample
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_unknown_words_are_named_with_their_neighbours(prior: DiffusersPrior) -> None:
+def test_unknown_words_are_named_with_their_neighbours(prior: NetworkPrior) -> None:
     messages = prior.warnings(["a crimson mgu on a zeppelin"])
     assert len(messages) == 2
     assert "'mgu'" in messages[0]
@@ -233,19 +236,19 @@ def test_missing_and_damaged_folders_are_explained(toybox_folder: Path, tmp_path
     with pytest.raises(PriorError, match=r"toybox.*no such folder"):
         load_prior(PriorConfig(name="toybxo"), CPU)
     with pytest.raises(PriorError, match=r"no model_index\.json"):
-        load_parts(tmp_path)
+        open_prior(tmp_path, FLOAT32, CPU)
     broken = tmp_path / "broken"
     broken.mkdir()
     for part in toybox_folder.iterdir():
         (broken / part.name).symlink_to(part)
     (broken / "unet").unlink()
     with pytest.raises(PriorError, match="no unet/"):
-        load_parts(broken)
+        open_prior(broken, FLOAT32, CPU)
     (broken / "unet").mkdir()
     (broken / "unet" / "config.json").write_text((toybox_folder / "unet" / "config.json").read_text())
     (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"short")
     with pytest.raises(PriorError, match="cannot be loaded"):
-        load_parts(broken)
+        open_prior(broken, FLOAT32, CPU)
 
 
 def test_a_foreign_tokenizer_is_noticed(toybox_folder: Path, tmp_path: Path) -> None:
@@ -258,7 +261,7 @@ def test_a_foreign_tokenizer_is_noticed(toybox_folder: Path, tmp_path: Path) -> 
             (mixed / part.name).symlink_to(part)
     build_tokenizer(("one", "word")).save_pretrained(mixed / "tokenizer")
     with pytest.raises(PriorError, match="tokenizer has 6 words"):
-        load_parts(mixed)
+        open_prior(mixed, FLOAT32, CPU)
 
 
 def test_the_table_of_priors_names_the_shipped_one() -> None:
