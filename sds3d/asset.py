@@ -19,6 +19,7 @@ from sds3d.mesh.clean import MeshStats, clean, measure, vertex_normals
 from sds3d.mesh.fidelity import Fidelity, compare
 from sds3d.mesh.files import check_formats, export_mesh, load_mesh
 from sds3d.mesh.fit_iso import fitted_surface
+from sds3d.mesh.splat_files import check_splat_formats
 from sds3d.mesh.textured import TexturedMesh
 from sds3d.mesh.unwrap import unwrap
 from sds3d.rng import Stream
@@ -33,6 +34,7 @@ class AssetConfig:
     """How a scene becomes an asset. Every field is checked when the record is made."""
 
     formats: tuple[str, ...] = ("glb",)  # any of glb, gltf, obj, ply, stl
+    splat_formats: tuple[str, ...] = ("ply",)  # any of ply, splat, spz, glb; for Gaussian scenes
     name: str = "asset"  # file name without extension
     cells_per_side: int = 96  # resolution of the iso-surface
     max_faces: int = 8000
@@ -49,6 +51,7 @@ class AssetConfig:
     def __post_init__(self) -> None:
         """Raise ConfigError for a value that cannot work."""
         check_formats(self.formats)
+        check_splat_formats(self.splat_formats)
         _check_range("cells_per_side", self.cells_per_side, 8, 1024)
         _check_range("max_faces", self.max_faces, 100, 10_000_000)
         _check_range("smooth_rounds", self.smooth_rounds, 0, 100)

@@ -37,7 +37,8 @@ from sds3d.events.turntable import write_contact_sheet, write_turntable
 from sds3d.interfaces import Scene, Shading
 from sds3d.job import JobConfig, pick_device
 from sds3d.mesh.files import load_mesh
-from sds3d.mesh.splat_ply import GaussianCloud, write_splat_ply
+from sds3d.mesh.splat_cloud import GaussianCloud
+from sds3d.mesh.splat_files import SPLAT_ENCODERS
 from sds3d.mesh.textured import render_textured
 from sds3d.ops.threads import one_thread_per_call
 from sds3d.optimize import Loop, build_loop
@@ -307,8 +308,10 @@ def _export(run: _Run, scene: Scene, step: int) -> dict[str, Path]:
     report = make_asset(scene, folder, job.export, facts)
     files = dict(report.files)
     if isinstance(scene, GaussianScene):
-        files["splats"] = folder / "splats.ply"
-        write_splat_ply(files["splats"], _cloud(scene))
+        cloud = _cloud(scene)
+        for kind in job.export.splat_formats:
+            files[f"splats_{kind}"] = folder / f"splats.{kind}"
+            write_atomic(files[f"splats_{kind}"], SPLAT_ENCODERS[kind](cloud))
     size, frames = job.preview.turntable_px, job.preview.turntable_frames
     if frames:
         path = files["turntable"] = folder / "turntable.mp4"

@@ -34,7 +34,10 @@ def encode_glb(mesh: TexturedMesh, metadata: Metadata) -> bytes:
     for name, image in _images(mesh).items():
         view = builder.add_view(png_bytes(image))
         builder.tree["images"].append({"name": name, "bufferView": view, "mimeType": "image/png"})
-    tree, body = builder.finish(uri=None)
+    return _glb(*builder.finish(uri=None))
+
+
+def _glb(tree: dict, body: bytes) -> bytes:
     head = dump_json(tree)
     head += b" " * (-len(head) % 4)
     total = 12 + 8 + len(head) + 8 + len(body)
@@ -45,6 +48,57 @@ def encode_glb(mesh: TexturedMesh, metadata: Metadata) -> bytes:
             struct.pack("<II", len(body), CHUNK_BIN) + body,
         ]
     )
+
+
+def read_glb_chunks(data: bytes) -> tuple[dict, bytes]:
+    """The JSON tree and the binary body of a GLB. Raises struct.error or ValueError where it is none."""
+    magic, version, total = struct.unpack_from("<III", data)
+    if magic != GLB_MAGIC or version != 2 or total != len(data):
+        raise ValueError("not a whole GLB of version 2")
+    length = struct.unpack_from("<I", data, 12)[0]
+    return json.loads(data[20 : 20 + length]), data[28 + length :]
+
+
+class GlbWriter:
+    """Float arrays in one buffer, for GLB files that are not a textured mesh."""
+
+    def __init__(self) -> None:
+        self.body = bytearray()
+        self.views: list[dict] = []
+        self.accessors: list[dict] = []
+
+    def floats(self, array: np.ndarray, *, bounds: bool = False) -> int:
+        """Append an (n, k) array as float32 vertex data; returns its accessor. `bounds` adds min and max."""
+        data = np.ascontiguousarray(array, "<f4")
+        accessor = {
+            "bufferView": len(self.views),
+            "componentType": FLOAT,
+            "count": len(data),
+            "type": {1: "SCALAR", 2: "VEC2", 3: "VEC3", 4: "VEC4"}[data.shape[1]],
+        }
+        if bounds:
+            accessor |= {"min": data.min(0).tolist(), "max": data.max(0).tolist()}
+        self.views.append(
+            {
+                "buffer": 0,
+                "byteOffset": len(self.body),
+                "byteLength": data.nbytes,
+                "target": ARRAY_BUFFER,
+            }
+        )
+        self.body += data.tobytes()
+        self.accessors.append(accessor)
+        return len(self.accessors) - 1
+
+    def finish(self, tree: Mapping[str, object]) -> bytes:
+        """The file contents; `tree` is the JSON without accessors, views and buffers."""
+        whole = {
+            **tree,
+            "accessors": self.accessors,
+            "bufferViews": self.views,
+            "buffers": [{"byteLength": len(self.body)}],
+        }
+        return _glb(whole, bytes(self.body))
 
 
 def encode_gltf(mesh: TexturedMesh, stem: str, metadata: Metadata) -> dict[str, bytes]:

@@ -1,21 +1,17 @@
 """3D Gaussians as a .ply that splat viewers read: the fields and encodings of the 3DGS reference implementation.
 
 x y z, nx ny nz (zero), f_dc_0..2 = (colour - 1/2) / 0.2821, opacity as logit, scale_0..2 as logarithms, rot_0..3 =
-w x y z; binary little-endian float32. Positions stay in this package's world frame: +y up, front +z, metres.
+w x y z; binary little-endian float32. Viewers take such files for a capture in camera-like axes (+y down), so the
+cloud is turned when it is written and turned back when it is read.
 """
-
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from sds3d.errors import ExportError, InputError
-from sds3d.paths import write_atomic
+from sds3d.errors import InputError
+from sds3d.mesh.splat_cloud import SH_DC, GaussianCloud, flipped, written
 
-SH_DC = 0.28209479177387814  # 1 / (2 sqrt(pi)), the constant spherical harmonic
 _OPACITY_RANGE = (1e-6, 1.0 - 1e-6)
 _FIELDS = (
     *("x", "y", "z", "nx", "ny", "nz"),
@@ -24,45 +20,28 @@ _FIELDS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class GaussianCloud:
-    """What a splat file holds, in natural units."""
-
-    means: Float[Tensor, "g 3"]  # metres
-    quats_wxyz: Float[Tensor, "g 4"]
-    scales: Float[Tensor, "g 3"]  # metres
-    opacity: Float[Tensor, " g"]  # [0, 1]
-    color: Float[Tensor, "g 3"]  # sRGB
-
-
-def write_splat_ply(path: Path, cloud: GaussianCloud) -> None:
-    """Write the cloud whole or not at all. Raises ExportError if it is empty."""
-    if not len(cloud.means):
-        raise ExportError(f"{path}: there are no Gaussians to write")
-    unit = torch.nn.functional.normalize(cloud.quats_wxyz, dim=-1)
+def encode_ply(cloud: GaussianCloud) -> bytes:
+    """File contents. Raises ExportError if the cloud is empty or not finite."""
+    cloud = flipped(written(cloud))
     columns = [
         cloud.means,
         torch.zeros_like(cloud.means),
         (cloud.color - 0.5) / SH_DC,
-        torch.logit(cloud.opacity.clamp(*_OPACITY_RANGE))[:, None],
-        cloud.scales.log(),
-        unit,
+        torch.logit(cloud.opacity.double().clamp(*_OPACITY_RANGE))[:, None],
+        cloud.scales.double().log(),
+        cloud.quats_wxyz,
     ]
-    table = torch.cat([column.detach().cpu().double() for column in columns], 1).numpy().astype("<f4")
+    table = torch.cat([column.double() for column in columns], 1).numpy().astype("<f4")
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(table)}"]
     header += [f"property float {name}" for name in _FIELDS] + ["end_header", ""]
-    write_atomic(path, "\n".join(header).encode("ascii") + table.tobytes())
+    return "\n".join(header).encode("ascii") + table.tobytes()
 
 
-def read_splat_ply(path: Path) -> GaussianCloud:
-    """Read a 3DGS .ply; spherical harmonics beyond the constant are ignored.
+def decode_ply(raw: bytes, where: str) -> GaussianCloud:
+    """The cloud of a 3DGS .ply; spherical harmonics beyond the constant are ignored.
 
-    Raises InputError if the file is missing, damaged, or not such a file.
+    Raises InputError if the contents are damaged, or not such a file.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
     head, mark, body = raw.partition(b"end_header\n")
     lines = head.decode("ascii", "replace").split("\n")
     names = [
@@ -75,7 +54,7 @@ def read_splat_ply(path: Path) -> GaussianCloud:
     missing = [name for name in _FIELDS if name not in names and not name.startswith("n")]
     if not fits or missing or len(body) != int(counts[0]) * 4 * len(names):
         raise InputError(
-            f"{path}: not a whole 3D-Gaussian .ply (binary little-endian float32"
+            f"{where}: not a whole 3D-Gaussian .ply (binary little-endian float32"
             + (f"; it lacks {', '.join(missing)}" if missing else "")
             + "). Export it again."
         )
@@ -84,10 +63,11 @@ def read_splat_ply(path: Path) -> GaussianCloud:
     def columns(*wanted: str) -> Tensor:
         return table[:, [names.index(name) for name in wanted]]
 
-    return GaussianCloud(
+    cloud = GaussianCloud(
         means=columns("x", "y", "z"),
         quats_wxyz=columns("rot_0", "rot_1", "rot_2", "rot_3"),
         scales=columns("scale_0", "scale_1", "scale_2").exp(),
         opacity=torch.sigmoid(columns("opacity")[:, 0]),
         color=columns("f_dc_0", "f_dc_1", "f_dc_2") * SH_DC + 0.5,
     )
+    return flipped(cloud)

@@ -17,8 +17,11 @@ import trimesh
 from sds3d.interfaces import Surface
 from sds3d.mesh.clean import vertex_normals
 from sds3d.mesh.files import export_mesh
+from sds3d.mesh.splat_cloud import GaussianCloud
+from sds3d.mesh.splat_files import encode_splat_glb
 from sds3d.mesh.textured import TexturedMesh
 from sds3d.mesh.unwrap import unwrap
+from sds3d.rng import Stream
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "js" / "validate_gltf.cjs"
@@ -79,6 +82,28 @@ def test_large_mesh_with_wide_indices_is_valid(tmp_path):
     assert len(big.vertices) >= 65535
     path = export_mesh(big, tmp_path, "big", ("glb",))["glb"]
     assert issues(path) == {str(path): []}
+
+
+SPLAT_SEMANTICS = ("ROTATION", "SCALE", "OPACITY", "SH_DEGREE_0_COEF_0")
+
+
+def test_gaussians_are_valid_but_for_what_the_validator_does_not_know(tmp_path):
+    """It has no KHR_gaussian_splatting: exactly its four attributes and its name are unknown to it."""
+    stream = Stream(0, "cloud")
+    cloud = GaussianCloud(
+        means=stream.fork("m").normal(20, 3),
+        quats_wxyz=stream.fork("q").normal(20, 4),
+        scales=0.01 + stream.fork("s").uniform(20, 3),
+        opacity=stream.fork("o").uniform(20),
+        color=stream.fork("c").uniform(20, 3),
+    )
+    path = tmp_path / "splats.glb"
+    path.write_bytes(encode_splat_glb(cloud, {"prompt": "a red mug"}))
+    found = issues(path)[str(path)]
+    invalid = [one for one in found if one["code"] == "MESH_PRIMITIVE_INVALID_ATTRIBUTE"]
+    place = "/meshes/0/primitives/0/attributes/KHR_gaussian_splatting:"
+    assert sorted(one["pointer"] for one in invalid) == sorted(place + name for name in SPLAT_SEMANTICS)
+    assert [one["code"] for one in found if one not in invalid] == ["UNSUPPORTED_EXTENSION"]
 
 
 def test_the_validator_is_really_asked(tmp_path):

@@ -2,17 +2,14 @@ import copy
 import math
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sds3d.cameras.orbit import orbit_cameras, turntable_cameras
-from sds3d.errors import ConfigError, ExportError, InputError
+from sds3d.errors import ConfigError, ExportError
 from sds3d.interfaces import Render, Shading, Surface
-from sds3d.mesh.splat_ply import GaussianCloud, read_splat_ply, write_splat_ply
 from sds3d.moment import Moment
 from sds3d.ops.raster import rasterize_mesh
 from sds3d.optim import Optimizer, OptimizerConfig
@@ -490,60 +487,3 @@ def test_material_follows_a_changed_parameter() -> None:
     with torch.no_grad():
         made.color_logits.add_(2.0)
     assert (made.material(shell(10)).base_color > before + 0.2).all()
-
-
-# ------------------------------------------------------------------------------------------------------ files
-
-
-def cloud(count: int = 50) -> GaussianCloud:
-    made = scene()
-    return GaussianCloud(
-        means=made.means[:count],
-        quats_wxyz=3.0 * made.quats[:count],
-        scales=made.scales[:count],
-        opacity=STREAM.fork("opacity").uniform(count),
-        color=made.color[:count],
-    )
-
-
-def test_a_splat_file_holds_the_standard_fields_and_reads_back(tmp_path: Path) -> None:
-    path, written = tmp_path / "asset.ply", cloud()
-    write_splat_ply(path, written)
-    raw = path.read_bytes()
-    head, body = raw.split(b"end_header\n", 1)
-    names = [line.split()[-1] for line in head.decode().splitlines() if line.startswith("property")]
-    assert names == [
-        *["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacity"],
-        *["scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"],
-    ]
-    assert head.startswith(b"ply\nformat binary_little_endian 1.0\nelement vertex 50\n")
-    table = np.frombuffer(body, "<f4").reshape(50, 17)
-    np.testing.assert_allclose(table[:, 6:9] * 0.28209479 + 0.5, written.color.detach(), rtol=1e-5)
-    np.testing.assert_allclose(1 / (1 + np.exp(-table[:, 9])), written.opacity, rtol=1e-4)
-    back = read_splat_ply(path)
-    torch.testing.assert_close(back.means, written.means.detach())
-    torch.testing.assert_close(back.scales, written.scales.detach())
-    torch.testing.assert_close(back.opacity, written.opacity, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(back.color, written.color.detach())
-    torch.testing.assert_close(back.quats_wxyz, nn.functional.normalize(written.quats_wxyz.detach(), dim=-1))
-
-
-def test_a_splat_file_is_plain_ply(tmp_path: Path) -> None:
-    trimesh = pytest.importorskip("trimesh")
-    write_splat_ply(tmp_path / "asset.ply", cloud())
-    loaded = trimesh.load(tmp_path / "asset.ply")
-    np.testing.assert_allclose(loaded.vertices, cloud().means.detach(), rtol=1e-6)
-
-
-def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "asset.ply"
-    with pytest.raises(InputError, match="cannot read"):
-        read_splat_ply(path)
-    write_splat_ply(path, cloud())
-    whole = path.read_bytes()
-    for damaged in (whole[:-3], b"not a ply", whole.replace(b"float opacity", b"float opaline"), b""):
-        path.write_bytes(damaged)
-        with pytest.raises(InputError, match="not a whole 3D-Gaussian"):
-            read_splat_ply(path)
-    with pytest.raises(ExportError, match="no Gaussians"):
-        write_splat_ply(path, cloud(0))
