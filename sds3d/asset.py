@@ -7,22 +7,30 @@ report.files["glb"], report.fidelity.psnr_db
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sds3d import __version__
 from sds3d.cameras.orbit import turntable_cameras
 from sds3d.errors import ConfigError
 from sds3d.interfaces import Scene
 from sds3d.mesh.bake import bake
-from sds3d.mesh.clean import MeshStats, clean, measure, vertex_normals
+from sds3d.mesh.clean import MeshStats, clean, decimate, measure, vertex_normals
 from sds3d.mesh.fidelity import Fidelity, compare
 from sds3d.mesh.files import check_formats, export_mesh, load_mesh
 from sds3d.mesh.fit_iso import fitted_surface
 from sds3d.mesh.splat_files import check_splat_formats
+from sds3d.mesh.tangents import vertex_tangents
 from sds3d.mesh.textured import TexturedMesh
 from sds3d.mesh.unwrap import unwrap
 from sds3d.rng import Stream
+
+Pivot = Literal["scene", "center", "base"]
 
 # The first of these among the written formats is the file that fidelity is measured on.
 TEXTURED_FORMATS = ("glb", "gltf", "obj", "ply")
@@ -41,6 +49,10 @@ class AssetConfig:
     smooth_rounds: int = 5  # Taubin rounds against staircases; 0 = none
     min_piece_frac: float = 0.02  # pieces below this share of the largest one's area are dropped
     texture_px: int = 512  # power of two
+    normal_map: bool = True  # a tangent-space normal texture with what decimation took away
+    occlusion: bool = False  # ambient occlusion in the red channel beside metallic and roughness
+    size_m: float | None = None  # longest side of the file's object; None = as the scene has it
+    pivot: Pivot = "scene"  # where the file's origin lies: as in the scene, at the centre, or below the base
     padding_px: int = 4  # texels between charts, about
     bake_depths_m: tuple[float, ...] = (
         0.0,
@@ -62,6 +74,8 @@ class AssetConfig:
                 f"asset.texture_px is {self.texture_px}; expected a power of two from 128 to 4096"
             )
         _check_range("padding_px", self.padding_px, 0, 64)
+        if self.size_m is not None:
+            _check_range("size_m", self.size_m, 1e-4, 1e4)
         if not self.bake_depths_m:
             raise ConfigError("asset.bake_depths_m is empty; expected at least one depth, e.g. [0.0]")
         _check_range("compare_views", self.compare_views, 0, 1000)
@@ -101,45 +115,74 @@ def make_asset(
         views = [turntable_cameras(8, ISO_PX), turntable_cameras(4, ISO_PX, 55.0)]
         raw = fitted_surface(scene, config.cells_per_side, views)
     with clock("clean"):
-        surface = clean(
-            raw,
-            max_faces=config.max_faces,
-            min_frac=config.min_piece_frac,
-            smooth_rounds=config.smooth_rounds,
-        )
+        fine = clean(raw, min_frac=config.min_piece_frac, smooth_rounds=config.smooth_rounds)
+        surface = decimate(fine, config.max_faces)
         stats, normals = measure(surface), vertex_normals(surface)
     with clock("unwrap"):
         atlas = unwrap(surface, texture_px=config.texture_px, padding_px=config.padding_px)
-    with clock("bake"):
-        baked = bake(
-            scene, surface, normals, atlas, texture_px=config.texture_px, inward_m=config.bake_depths_m
-        )
-    mesh = TexturedMesh(
+    bare = TexturedMesh(
         vertices=surface.vertices[atlas.source],
         faces=atlas.faces,
         normals=normals[atlas.source],  # made before the cut, so shading is smooth across seams
         uvs=atlas.uvs,
+        closed=stats.watertight,
+    )
+    with clock("bake"):
+        tangents = vertex_tangents(bare) if config.normal_map else None
+        baked = bake(
+            scene,
+            surface,
+            normals,
+            atlas,
+            texture_px=config.texture_px,
+            inward_m=config.bake_depths_m,
+            fine=fine,
+            tangents=tangents,
+            occlusion=config.occlusion,
+        )
+    mesh = replace(
+        bare,
         texture=baked.base_color,
         metallic_roughness=baked.metallic_roughness,
+        occluded=baked.occluded,
         metallic=baked.metallic,
         roughness=baked.roughness,
-        closed=stats.watertight,
+        normal_texture=baked.normal,
+        tangents=tangents,
     )
     with clock("write"):
         notes = {**(metadata or {}), "sds3d_version": __version__}
-        files = export_mesh(mesh, Path(out_dir), config.name, config.formats, notes)
+        scale, offset = _placement(mesh, config)
+        placed = replace(mesh, vertices=mesh.vertices * scale + offset)
+        files = export_mesh(placed, Path(out_dir), config.name, config.formats, notes)
     with clock("compare"):
-        fidelity = _compare_file(scene, files, config)
+        fidelity = _compare_file(scene, files, config, scale, offset)
     return AssetReport(files=files, mesh=stats, charts=atlas.charts, fidelity=fidelity, seconds=clock.seconds)
 
 
-def _compare_file(scene: Scene, files: Mapping[str, Path], config: AssetConfig) -> Fidelity | None:
+def _placement(mesh: TexturedMesh, config: AssetConfig) -> tuple[float, Float[Tensor, " 3"]]:
+    """(scale, offset) from the scene's metres to the file's: p * scale + offset."""
+    low, high = mesh.vertices.amin(0), mesh.vertices.amax(0)
+    scale = 1.0 if config.size_m is None else config.size_m / float((high - low).max())
+    if config.pivot == "scene":
+        return scale, torch.zeros(3)
+    origin = (low + high) / 2.0
+    if config.pivot == "base":
+        origin = torch.stack([origin[0], low[1], origin[2]])
+    return scale, -origin * scale
+
+
+def _compare_file(
+    scene: Scene, files: Mapping[str, Path], config: AssetConfig, scale: float, offset: Float[Tensor, " 3"]
+) -> Fidelity | None:
     """Fidelity of the file on disk, not of the mesh in memory: a wrong flip in a writer must show here."""
     written = [name for name in TEXTURED_FORMATS if name in files]
     if not written or config.compare_views == 0:
         return None
     cameras = turntable_cameras(config.compare_views, config.compare_px)
-    return compare(scene, load_mesh(files[written[0]]), cameras, Stream(0, "fidelity"))
+    mesh = load_mesh(files[written[0]])
+    back = replace(mesh, vertices=(mesh.vertices - offset) / scale)
+    return compare(scene, back, cameras, Stream(0, "fidelity"))
 
 
 class _Clock:

@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from sds3d.errors import ExportError
 from sds3d.interfaces import Material, Scene, Surface
+from sds3d.mesh.detail import fine_normals, sky_visibility
+from sds3d.mesh.tangents import to_tangent_space
 from sds3d.mesh.unwrap import Atlas
 from sds3d.ops.raster_numba import uv_buffer
 
@@ -25,6 +27,12 @@ class Texels:
     covered: Bool[np.ndarray, "H W"]
     points: Float[Tensor, "n 3"]  # world metres, in the order of np.nonzero(covered)
     normals: Float[Tensor, "n 3"]  # unit, outward
+    face: Int[Tensor, " n"]
+    weights: Float[Tensor, "n 3"]  # of the face's corners
+
+    def interpolate(self, values: Float[Tensor, "w k"], faces: Int[Tensor, "f 3"]) -> Float[Tensor, "n k"]:
+        """Values at the corners of `faces`, as a rasteriser interpolates them."""
+        return (values[faces[self.face]] * self.weights[..., None]).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +40,13 @@ class Baked:
     """Textures and factors of a metallic-roughness material."""
 
     base_color: UInt8[Tensor, "H W 3"]  # sRGB
-    metallic_roughness: UInt8[Tensor, "H W 3"] | None  # as glTF: green roughness, blue metallic
+    metallic_roughness: (
+        UInt8[Tensor, "H W 3"] | None
+    )  # as glTF: red occlusion, green roughness, blue metallic
     metallic: float
     roughness: float
+    normal: UInt8[Tensor, "H W 3"] | None = None  # tangent space, (n + 1) / 2
+    occluded: bool = False  # whether the red channel above means something
 
 
 def bake(
@@ -45,29 +57,54 @@ def bake(
     *,
     texture_px: int,
     inward_m: tuple[float, ...] = (0.0,),
+    fine: Surface | None = None,
+    tangents: Float[Tensor, "w 4"] | None = None,
+    occlusion: bool = False,
 ) -> Baked:
     """Textures of `scene` on `surface`; every texel outside the charts takes the colour of the nearest chart texel.
 
     `inward_m` are the depths below the surface (metres, along the inward normal) at which the material is asked;
     their plain mean is baked. A density field's colour is best defined a little inside, where the field is dense:
-    what a camera sees is itself a mean over such depths.
+    what a camera sees is itself a mean over such depths. `fine` and `tangents` (of the atlas's vertices) together
+    give a normal texture with the finer surface's normals.
     """
     texels = find_texels(surface, normals, atlas, texture_px)
     material = _mean_material(scene, texels, inward_m)
     nearest = _nearest_covered(texels.covered)
     metallic, roughness = material.metallic, material.roughness
-    flat = max(_spread(metallic), _spread(roughness)) <= VARIES
-    shine = None
+    flat = max(_spread(metallic), _spread(roughness)) <= VARIES and not occlusion
+    shine = detail = None
     if not flat:
-        shine = _fill(
-            torch.cat([torch.ones_like(roughness), roughness, metallic], dim=1), texels.covered, nearest
-        )
+        sky = torch.ones_like(roughness)
+        if occlusion:
+            sky = sky_visibility(surface, texels.points, texels.normals)
+        shine = _fill(torch.cat([sky, roughness, metallic], dim=1), texels.covered, nearest)
+    if fine is not None and tangents is not None:
+        detail = _fill(_tangent_normals(fine, normals, atlas, tangents, texels), texels.covered, nearest)
     return Baked(
         base_color=_fill(material.base_color, texels.covered, nearest),
         metallic_roughness=shine,
         metallic=float(metallic.mean().clamp(0, 1)) if flat else 1.0,
         roughness=float(roughness.mean().clamp(0, 1)) if flat else 1.0,
+        normal=detail,
+        occluded=occlusion,
     )
+
+
+def _tangent_normals(
+    fine: Surface,
+    normals: Float[Tensor, "v 3"],
+    atlas: Atlas,
+    tangents: Float[Tensor, "w 4"],
+    texels: Texels,
+) -> Float[Tensor, "n 3"]:
+    """The fine surface's normals in the coarse one's frames, coded into [0, 1]."""
+    wanted = fine_normals(fine, texels.points, texels.normals)
+    normal = texels.interpolate(normals[atlas.source], atlas.faces)
+    inside = to_tangent_space(wanted, normal, texels.interpolate(tangents, atlas.faces))
+    # A normal that leans out of its surface is an error of the match, and shaders break on it.
+    inside = functional.normalize(torch.cat([inside[:, :2], inside[:, 2:].clamp(min=0.2)], dim=1), dim=1)
+    return 0.5 * inside + 0.5
 
 
 def find_texels(surface: Surface, normals: Float[Tensor, "v 3"], atlas: Atlas, texture_px: int) -> Texels:
@@ -76,12 +113,15 @@ def find_texels(surface: Surface, normals: Float[Tensor, "v 3"], atlas: Atlas, t
     covered = face_id >= 0
     if not covered.any():
         raise ExportError(f"bake: no texel of the {texture_px} px texture lies in a chart")
-    corners = surface.faces[torch.from_numpy(face_id[covered])]
-    at = torch.from_numpy(weights[covered])[..., None]
+    face = torch.from_numpy(face_id[covered])
+    at = torch.from_numpy(weights[covered])
+    corners = surface.faces[face]
     return Texels(
         covered=covered,
-        points=(surface.vertices[corners] * at).sum(1),
-        normals=functional.normalize((normals[corners] * at).sum(1), dim=1),
+        points=(surface.vertices[corners] * at[..., None]).sum(1),
+        normals=functional.normalize((normals[corners] * at[..., None]).sum(1), dim=1),
+        face=face,
+        weights=at,
     )
 
 

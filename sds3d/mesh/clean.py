@@ -194,13 +194,19 @@ def untie(surface: Surface) -> Surface:
     return surface
 
 
-def clean(surface: Surface, *, max_faces: int, min_frac: float = 0.02, smooth_rounds: int = 5) -> Surface:
-    """The whole way from a raw iso-surface to the mesh that is unwrapped. Raises ExportError if nothing is left."""
+def clean(
+    surface: Surface, *, max_faces: int | None = None, min_frac: float = 0.02, smooth_rounds: int = 5
+) -> Surface:
+    """The whole way from a raw iso-surface to the mesh that is unwrapped, or to that before it is decimated (None).
+
+    Raises ExportError if nothing is left.
+    """
     surface = drop_specks(tidy(surface), min_frac)
     surface = orient_outward(fill_holes(surface))
     if len(surface.faces) == 0:
         raise ExportError("clean: the scene's surface has no faces; the scene is empty at its iso value")
-    return decimate(smooth(surface, smooth_rounds), max_faces)
+    fine = smooth(surface, smooth_rounds)
+    return fine if max_faces is None else decimate(fine, max_faces)
 
 
 def vertex_normals(surface: Surface) -> torch.Tensor:

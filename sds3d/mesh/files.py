@@ -18,7 +18,9 @@ from sds3d.errors import ConfigError, ExportError, InputError
 from sds3d.interfaces import Surface
 from sds3d.mesh.clean import vertex_normals
 from sds3d.mesh.gltf import Metadata, encode_glb, encode_gltf, png_bytes, read_metadata
+from sds3d.mesh.tangents import vertex_tangents
 from sds3d.mesh.textured import TexturedMesh, sample_texture
+from sds3d.mesh.usdz import encode_usdz
 
 Files = dict[str, bytes]  # contents by file name; the first is the one that a user opens
 Exporter = Callable[[TexturedMesh, str, Metadata], Files]
@@ -56,7 +58,28 @@ def _obj(mesh: TexturedMesh, stem: str, metadata: Metadata) -> Files:
     material = ["newmtl asset", "Ka 0 0 0", "Kd 1 1 1", f"Pm {mesh.metallic:.6g}", f"Pr {mesh.roughness:.6g}"]
     if mesh.texture is not None:
         material.append(f"map_Kd {picture}")
+    for keyword, name, image in _obj_maps(mesh):
+        files[f"{stem}_{name}.png"] = png_bytes(image)
+        material.append(f"{keyword} {stem}_{name}.png")
     return {f"{stem}.obj": _text(lines), f"{stem}.mtl": _text(material), **files}
+
+
+def _obj_maps(mesh: TexturedMesh) -> list[tuple[str, str, Tensor]]:
+    """Keyword, name and picture of the PBR maps, one grey picture per quantity as MTL readers expect."""
+    maps = []
+    if mesh.metallic_roughness is not None:
+        roughness, metallic = mesh.metallic_roughness[..., 1:2], mesh.metallic_roughness[..., 2:3]
+        maps = [
+            ("map_Pr", "roughness", roughness.expand(-1, -1, 3)),
+            ("map_Pm", "metallic", metallic.expand(-1, -1, 3)),
+        ]
+    if mesh.normal_texture is not None:
+        maps.append(("norm", "normal", mesh.normal_texture))
+    return maps
+
+
+def _usdz(mesh: TexturedMesh, stem: str, metadata: Metadata) -> Files:
+    return {f"{stem}.usdz": encode_usdz(mesh, metadata)}
 
 
 def _ply(mesh: TexturedMesh, stem: str, metadata: Metadata) -> Files:
@@ -74,6 +97,7 @@ EXPORTERS: dict[str, Exporter] = {
     "obj": _obj,  # .obj + .mtl + .png
     "ply": _ply,  # vertex colours, closed; no texture
     "stl": _stl,  # shape only, closed; for printing
+    "usdz": _usdz,  # for AR viewers; written only, not read back
 }
 
 
@@ -136,8 +160,9 @@ def _umask() -> int:
 def load_mesh(path: Path) -> TexturedMesh:
     """Read any exported file (glb, gltf, obj, ply, stl) back from disk. Raises InputError if it cannot be read."""
     path = Path(path)
-    if path.suffix.lower().lstrip(".") not in EXPORTERS:
-        raise InputError(f"{path}: unknown format; known formats: {', '.join(EXPORTERS)}")
+    readable = [name for name in EXPORTERS if name != "usdz"]
+    if path.suffix.lower().lstrip(".") not in readable:
+        raise InputError(f"{path}: unknown format; known formats: {', '.join(readable)}")
     try:
         # Not maintain_order: it would give each shared OBJ position one texture coordinate only.
         found = trimesh.load_scene(path, process=False)
@@ -199,11 +224,15 @@ def _from_trimesh(mesh: trimesh.Trimesh) -> TexturedMesh:
     uvs = np.asarray(visual.uv, np.float64) * [1.0, -1.0] + [0.0, 1.0]  # trimesh counts v upwards
     material = visual.material
     pbr = material if isinstance(material, trimesh.visual.material.PBRMaterial) else material.to_pbr()
+    mapped = replace(plain, uvs=torch.from_numpy(uvs.astype(np.float32)))
+    detail = _pixels(pbr.normalTexture)
     return replace(
-        plain,
-        uvs=torch.from_numpy(uvs.astype(np.float32)),
+        mapped,
+        normal_texture=detail,
+        tangents=None if detail is None else vertex_tangents(mapped),
         texture=_pixels(pbr.baseColorTexture),
         metallic_roughness=_pixels(pbr.metallicRoughnessTexture),
+        occluded=pbr.occlusionTexture is not None,
         metallic=float(pbr.metallicFactor if pbr.metallicFactor is not None else 1.0),
         roughness=float(pbr.roughnessFactor if pbr.roughnessFactor is not None else 1.0),
         closed=not pbr.doubleSided,

@@ -142,7 +142,11 @@ def dump_json(tree: object) -> bytes:
 
 
 def _images(mesh: TexturedMesh) -> dict[str, Tensor]:
-    images = {"base_color": mesh.texture, "metallic_roughness": mesh.metallic_roughness}
+    images = {
+        "base_color": mesh.texture,
+        "metallic_roughness": mesh.metallic_roughness,
+        "normal": mesh.normal_texture,
+    }
     return {name: image for name, image in images.items() if image is not None}
 
 
@@ -203,6 +207,8 @@ class _Builder:
             raise ExportError(
                 "glTF export writes textures, and this mesh has vertex colours only (read from a PLY?)"
             )
+        if mesh.tangents is not None:
+            attributes["TANGENT"] = self._add_accessor(_array(mesh.tangents), "VEC4", FLOAT, ARRAY_BUFFER)
         # The greatest index of a type means "restart" to some drivers, hence < 65535.
         small = len(positions) < 65535
         indices = mesh.faces.numpy().reshape(-1, 1).astype("<u2" if small else "<u4")
@@ -224,10 +230,16 @@ class _Builder:
 
 def _material(mesh: TexturedMesh) -> dict:
     pbr: dict = {"metallicFactor": mesh.metallic, "roughnessFactor": mesh.roughness}
+    material: dict = {"name": "asset", "pbrMetallicRoughness": pbr, "doubleSided": not mesh.closed}
     for index, name in enumerate(_images(mesh)):
+        if name == "normal":
+            material["normalTexture"] = {"index": index}
+            continue
         key = {"base_color": "baseColorTexture", "metallic_roughness": "metallicRoughnessTexture"}[name]
         pbr[key] = {"index": index}
-    return {"name": "asset", "pbrMetallicRoughness": pbr, "doubleSided": not mesh.closed}
+        if name == "metallic_roughness" and mesh.occluded:
+            material["occlusionTexture"] = {"index": index}
+    return material
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -37,15 +37,21 @@ class TexturedMesh:
     uvs: Float[Tensor, "v 2"] | None = None  # as glTF: (0, 0) is the upper left corner of the texture
     texture: UInt8[Tensor, "H W 3"] | None = None  # sRGB base colour
     colors: UInt8[Tensor, "v 3"] | None = None  # sRGB base colour per vertex
-    metallic_roughness: UInt8[Tensor, "H W 3"] | None = None  # as glTF: green roughness, blue metallic
+    # As glTF: green roughness, blue metallic, and red ambient occlusion where `occluded`.
+    metallic_roughness: UInt8[Tensor, "H W 3"] | None = None
+    occluded: bool = False
+    normal_texture: UInt8[Tensor, "H W 3"] | None = None  # tangent space, (n + 1) / 2; green is up
+    tangents: Float[Tensor, "v 4"] | None = None  # see `mesh.tangents`; needed by a normal texture
     metallic: float = 0.0  # factor in [0, 1]; multiplies the texture if there is one
     roughness: float = 1.0
     closed: bool = True  # False: there are open borders, so viewers must draw both sides
 
     def __post_init__(self) -> None:
-        """Refuse a texture without coordinates."""
+        """Refuse a texture without coordinates, and normals in frames that nobody knows."""
         if self.texture is not None and self.uvs is None:
             raise ShapeError("TexturedMesh: a texture needs uvs")
+        if self.normal_texture is not None and self.tangents is None:
+            raise ShapeError("TexturedMesh: a normal texture needs tangents")
 
 
 def render_textured(

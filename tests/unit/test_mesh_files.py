@@ -51,7 +51,7 @@ def corners(mesh: TexturedMesh, *fields: str) -> np.ndarray:
     return rows[np.lexsort(rows.T[::-1])]
 
 
-@pytest.mark.parametrize("kind", list(f.EXPORTERS))
+@pytest.mark.parametrize("kind", [kind for kind in f.EXPORTERS if kind != "usdz"])
 def test_shape_reloads(mesh, tmp_path, kind):
     back = f.load_mesh(f.export_mesh(mesh, tmp_path, "x", (kind,))[kind])
     np.testing.assert_allclose(corners(back, "vertices"), corners(mesh, "vertices"), atol=2e-5)
