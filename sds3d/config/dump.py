@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 import yaml
@@ -58,9 +58,27 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def config_hash(config: Any, ignore: Collection[str] = ()) -> str:
-    """A short hash of all settings except the top-level keys in `ignore`."""
-    plain = {key: value for key, value in to_plain(config).items() if key not in ignore}
+    """A short hash of all settings except the top-level keys in `ignore`.
+
+    Settings at their default do not enter, so that runs made before a setting existed keep their hash.
+    """
+    plain = {key: value for key, value in _chosen_values(config).items() if key not in ignore}
     return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _chosen_values(value: Any) -> Any:
+    """As `to_plain`, without the fields that have their default value."""
+    if isinstance(value, Chosen):
+        return {"kind": value.kind, **_chosen_values(value.config)}
+    if isinstance(value, Ramp) or not is_dataclass(value):
+        return to_plain(value)
+    found = {}
+    for spec in fields(value):
+        own = getattr(value, spec.name)
+        default = spec.default if spec.default_factory is MISSING else spec.default_factory()
+        if spec.init and own != default:
+            found[spec.name] = _chosen_values(own)
+    return found
 
 
 def leaves(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ The picture is what fidelity, judging and turntables look at: it shows the mesh 
 never the scene that it came from.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -68,18 +69,50 @@ def render_textured(
     Depth is alpha-weighted metres along the camera z axis. `look` "albedo" shows the plain base colour;
     "lit" adds a soft headlight and sky, for people.
     """
+
+    def color(pixels: Pixels) -> Float[Tensor, "n 3"]:
+        base = base_color(mesh, pixels)
+        return base * _preview_light(mesh, pixels) if look == "lit" else base
+
+    return render_colored(mesh, cameras, background, color, supersample=supersample)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pixels:
+    """The n covered samples of some views of a mesh."""
+
+    corners: Int[Tensor, "n 3"]  # vertices of the face that is seen
+    weights: Float[Tensor, "n 3 1"]  # barycentric
+    eye: Float[Tensor, "n 3"]  # the camera's place
+
+    def mean(self, values: Float[Tensor, "v k"]) -> Float[Tensor, "n k"]:
+        """Vertex values at the samples."""
+        return (values[self.corners] * self.weights).sum(1)
+
+
+def render_colored(
+    mesh: TexturedMesh,
+    cameras: Cameras,
+    background: Float[Tensor, "b 3"],
+    color: Callable[[Pixels], Float[Tensor, "n 3"]],
+    *,
+    supersample: int = 2,
+) -> tuple[Float[Tensor, "b 3 H W"], Float[Tensor, "b 1 H W"], Float[Tensor, "b 1 H W"]]:
+    """As `render_textured`, with the sRGB colour of every sample from a function."""
     fine = _scaled(cameras, supersample)
     fragments = rasterize_mesh(mesh.vertices, mesh.faces, fine)
-    view, row, column = pixels = torch.nonzero(fragments.covered, as_tuple=True)
-    weights = fragments.barycentrics[pixels][..., None]
-    corners = mesh.faces[fragments.face_id[pixels]]
-    color = _base_color(mesh, corners, weights)
-    if look == "lit":
-        color = color * _preview_light(mesh, corners, weights, fine.c2w[view])
+    view, row, column = found = torch.nonzero(fragments.covered, as_tuple=True)
+    shown_color = color(
+        Pixels(
+            corners=mesh.faces[fragments.face_id[found]],
+            weights=fragments.barycentrics[found][..., None],
+            eye=fine.c2w[view, :3, 3].to(mesh.vertices),
+        )
+    )
     size = fragments.face_id.shape
-    alpha = fragments.covered.to(color.dtype)
-    rgb = torch.zeros(*size, 3, dtype=color.dtype).index_put((view, row, column), color)
-    over = rgb.permute(0, 3, 1, 2) + (1.0 - alpha[:, None]) * background.to(color)[:, :, None, None]
+    alpha = fragments.covered.to(shown_color.dtype)
+    rgb = torch.zeros(*size, 3, dtype=shown_color.dtype).index_put((view, row, column), shown_color)
+    over = rgb.permute(0, 3, 1, 2) + (1.0 - alpha[:, None]) * background.to(shown_color)[:, :, None, None]
     images = (over, alpha[:, None], fragments.depth[:, None])
     shown, coverage, depth = (functional.avg_pool2d(image, supersample) for image in images)
     return shown, coverage, depth
@@ -95,26 +128,19 @@ def _scaled(cameras: Cameras, factor: int) -> Cameras:
     )
 
 
-def _base_color(
-    mesh: TexturedMesh, corners: Int[Tensor, "n 3"], weights: Float[Tensor, "n 3 1"]
-) -> Float[Tensor, "n 3"]:
+def base_color(mesh: TexturedMesh, pixels: Pixels) -> Float[Tensor, "n 3"]:
+    """SRGB base colour of the samples."""
     if mesh.texture is not None and mesh.uvs is not None:
-        return sample_texture(mesh.texture, (mesh.uvs[corners] * weights).sum(1))
+        return sample_texture(mesh.texture, pixels.mean(mesh.uvs))
     if mesh.colors is not None:
-        return (mesh.colors[corners].to(weights.dtype) / 255.0 * weights).sum(1)
-    return torch.ones(len(corners), 3, dtype=weights.dtype)
+        return pixels.mean(mesh.colors.to(pixels.weights.dtype) / 255.0)
+    return torch.ones(len(pixels.corners), 3, dtype=pixels.weights.dtype)
 
 
-def _preview_light(
-    mesh: TexturedMesh,
-    corners: Int[Tensor, "n 3"],
-    weights: Float[Tensor, "n 3 1"],
-    c2w: Float[Tensor, "n 4 4"],
-) -> Float[Tensor, "n 1"]:
+def _preview_light(mesh: TexturedMesh, pixels: Pixels) -> Float[Tensor, "n 1"]:
     """Shade in [0, 1] of a soft headlight and a sky; a face seen from behind is lit as if it faced us."""
-    normal = functional.normalize((mesh.normals[corners] * weights).sum(1), dim=1)
-    point = (mesh.vertices[corners] * weights).sum(1)
-    to_eye = functional.normalize(c2w[:, :3, 3].to(point) - point, dim=1)
+    normal = functional.normalize(pixels.mean(mesh.normals), dim=1)
+    to_eye = functional.normalize(pixels.eye - pixels.mean(mesh.vertices), dim=1)
     facing = (normal * to_eye).sum(1, keepdim=True)
     upward = torch.where(facing < 0, -normal[:, 1:2], normal[:, 1:2])
     return AMBIENT + SKY * (0.5 + 0.5 * upward) + HEADLIGHT * facing.abs()

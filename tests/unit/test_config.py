@@ -363,3 +363,25 @@ def test_any_text_is_a_config_or_a_config_error(text: str) -> None:
     except ConfigError as error:
         said = str(error)
     assert said.startswith("x.yaml")
+
+
+def test_a_setting_that_did_not_exist_yet_does_not_change_the_hash_of_a_run() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Inner:
+        depth: int = 3
+
+    @dataclass(frozen=True, kw_only=True)
+    class Older:
+        inner: Inner = field(default_factory=Inner)
+        width: int = 5
+
+    @dataclass(frozen=True, kw_only=True)
+    class Newer:
+        inner: Inner = field(default_factory=Inner)
+        width: int = 5
+        colour: str = "red"
+
+    assert config_hash(Older(width=7)) == config_hash(Newer(width=7))
+    assert config_hash(Newer(width=7)) != config_hash(Newer(width=7, colour="blue"))
+    assert config_hash(Older(width=7)) != config_hash(Older(width=8))
+    assert config_hash(Older(inner=Inner(depth=4))) != config_hash(Older())
