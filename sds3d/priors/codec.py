@@ -1,9 +1,9 @@
 """Between the image in [-1, 1] and the space x that a network denoises."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,6 +20,15 @@ class Codec(Protocol):
 
     def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         """X to [-1, 1] image."""
+        ...
+
+
+@runtime_checkable
+class Settling(Protocol):
+    """A codec that may change its precision between steps."""
+
+    def settle(self) -> str | None:
+        """Put right what went wrong since the last time, and say so. Reads from the device."""
         ...
 
 
@@ -59,3 +68,24 @@ class VaeCodec:
     def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         """Scaled latent to [-1, 1] image."""
         return self.vae.decode((x / self.scale + self.shift).to(self.vae.dtype)).sample.to(x.dtype)
+
+
+class DcCodec:
+    """x = latent * scale of a deep-compression autoencoder, which has no posterior.
+
+    Source: Chen et al. 2024 (arXiv:2410.10733).
+    """
+
+    def __init__(self, vae: AutoencoderDC) -> None:
+        self.vae = vae
+        self.scale = float(vae.config.scaling_factor)
+        self.factor = 2 ** (len(vae.config.encoder_block_out_channels) - 1)
+        self.channels = int(vae.config.latent_channels)
+
+    def encode(self, image: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        """[-1, 1] image to scaled latent; differentiable."""
+        return self.vae.encode(image.to(self.vae.dtype)).latent.to(image.dtype) * self.scale
+
+    def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        """Scaled latent to [-1, 1] image."""
+        return self.vae.decode((x / self.scale).to(self.vae.dtype)).sample.to(x.dtype)

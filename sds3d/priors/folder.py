@@ -1,6 +1,5 @@
 """Reading a diffusers pipeline folder: safetensors only, no remote code, no network, clear words when it is not one."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +9,14 @@ import torch
 from diffusers.schedulers import DDPMScheduler
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from sds3d.errors import PriorError
+from sds3d.priors.lazy import LazyEncoder
+from sds3d.priors.weights import INDEX_FILE, named_pipeline, read_json, variant_of
 
-INDEX_FILE = "model_index.json"
 EXTRA_FILE = "sds3d_prior.json"  # what diffusers has no field for: pixel unshuffle, camera inputs
 
 
@@ -38,13 +38,13 @@ class PipelineFolder:
     def __init__(self, path: Path) -> None:
         """Raises PriorError where `path` holds no readable model_index.json."""
         self.path = path
-        self.index = _read_json(path / INDEX_FILE)
-        self.extra = _read_json(path / EXTRA_FILE) if (path / EXTRA_FILE).is_file() else {}
+        self.index = read_json(path / INDEX_FILE)
+        self.extra = read_json(path / EXTRA_FILE) if (path / EXTRA_FILE).is_file() else {}
 
     @property
     def pipeline(self) -> str:
         """The pipeline class that the folder names, e.g. "StableDiffusionPipeline"."""
-        return str(self.index.get("_class_name", "StableDiffusionPipeline"))
+        return named_pipeline(self.index)
 
     def has(self, name: str) -> bool:
         """Whether the pipeline has this part at all."""
@@ -71,13 +71,23 @@ class PipelineFolder:
             ) from error
 
     def load_network(self, name: str, cls: Any, dtype: torch.dtype) -> Any:
-        """A diffusers network, frozen, from safetensors."""
-        network = self.load(name, cls, low_cpu_mem_usage=False, use_safetensors=True, torch_dtype=dtype)
+        """A diffusers network, frozen, from safetensors; the half-precision variant only for half precision."""
+        variant = variant_of(self.path / name, half=dtype != torch.float32)
+        network = self.load(
+            name, cls, low_cpu_mem_usage=False, use_safetensors=True, torch_dtype=dtype, variant=variant
+        )
         return network.eval().requires_grad_(False)
 
-    def load_text_encoder(self, name: str, cls: Any, dtype: torch.dtype = torch.float32) -> Any:
-        """A transformers text encoder, frozen, from safetensors."""
-        return self.load(name, cls, use_safetensors=True, dtype=dtype).eval().requires_grad_(False)
+    def load_text_encoder(self, name: str, cls: Any, dtype: torch.dtype = torch.float32) -> LazyEncoder:
+        """A transformers text encoder, frozen, from safetensors; its weights are read when it is first called."""
+
+        def read() -> Any:
+            variant = variant_of(self.path / name, half=dtype != torch.float32)
+            network = self.load(name, cls, use_safetensors=True, dtype=dtype, variant=variant)
+            return network.eval().requires_grad_(False)
+
+        settings = getattr(cls, "config_class", None) or AutoConfig
+        return LazyEncoder(self.load(name, settings), read)
 
     def load_tokenizer(self, name: str, cls: Any, *, words: int) -> PreTrainedTokenizerBase:
         """A tokenizer whose vocabulary fits an encoder with `words` embeddings.
@@ -95,18 +105,6 @@ class PipelineFolder:
                 "the tokenizer files are incomplete or from another model"
             )
         return tokenizer
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise PriorError(f"{path.parent}: no {path.name}; expected a diffusers pipeline folder")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PriorError(f"{path}: cannot be read ({error}); download or copy it again") from error
-    if not isinstance(found, dict):
-        raise PriorError(f"{path}: got a {type(found).__name__}, expected a JSON object")
-    return found
 
 
 def alphas_cumprod_of(scheduler: Any) -> Float[Tensor, " N"]:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ from sds3d.priors.network import Denoiser, Labels, NetworkPrior, with_module
 from sds3d.rng import Stream
 
 POSE_SIZE = 16  # the entries of a camera-to-world matrix
+# Attention inside transformer blocks (attn, attn1, attn2), and of UNets that have it between their blocks.
+_ATTENTION = re.compile(r"\.attn[12]?\.|\.attentions\.\d+\.(to|add)_")
 
 
 class LoraStudent(Student):
@@ -81,7 +84,7 @@ def _with_lora(
 
 def _is_target(name: str, module: nn.Module, convolutions: bool) -> bool:
     if isinstance(module, nn.Linear):
-        return any(f".{attention}." in name for attention in ("attn", "attn1", "attn2"))
+        return _ATTENTION.search(name) is not None
     return convolutions and isinstance(module, nn.Conv2d) and ".resnets." in name
 
 

@@ -1,0 +1,1 @@
+"""Tiny random pipelines of every model family, saved in the real format."""
