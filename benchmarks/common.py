@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from sds3d.config.load import override_layers
-from sds3d.job import load_job, pick_device
+from sds3d.job import JobConfig, load_job, pick_device
 from sds3d.optimize import Loop, build_loop
 
 
@@ -36,6 +36,11 @@ def measured_loop(config: str, steps: int) -> Measured:
     parser.add_argument("--json", type=Path)
     parser.add_argument("settings", nargs="*", help="key=value")
     given = parser.parse_args()
-    torch.set_num_threads(1)
     job = load_job(given.config, override_layers([f'prompt="{given.prompt}"', *given.settings])).config
-    return Measured(build_loop(job, pick_device(job.device)), given.steps, given.json)
+    return Measured(loop_of(job), given.steps, given.json)
+
+
+def loop_of(job: JobConfig) -> Loop:
+    """The loop of a job as a run builds it, with one thread per operator."""
+    torch.set_num_threads(1)
+    return build_loop(job, pick_device(job.device))

@@ -4,6 +4,7 @@ Heavy imports stand inside the commands, so that help and mistakes answer at onc
 """
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sds3d import __version__
-from sds3d.config.load import config_names, file_layers, find_config, is_override, override_layers, setting
+from sds3d.config.load import config_names, find_config, is_override, override_layers, setting
 from sds3d.errors import ConfigError, Sds3dError
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Fixes every random number.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    prior: Annotated[str | None, typer.Option(help="A name from `sds3d priors`, or a folder.")] = None,
+    prior: Annotated[
+        str | None, typer.Option(help="A name from `sds3d priors`, a folder, or a hub id.")
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     formats: Annotated[str | None, typer.Option("--formats", "--format", help="E.g. glb,obj,ply.")] = None,
 ) -> None:
@@ -67,12 +70,11 @@ def generate(
     if prompt is not None and not prompt.strip():
         raise ConfigError('the prompt is empty; say what to make, e.g. sds3d generate "a red mug"')
     find_config(config)  # a wrong name should not wait for torch
-    from sds3d.job import load_job
-    from sds3d.run import generate as run_generate
+    from sds3d.staged import generate_stages, load_stages
 
-    job = load_job(config, layers).config
+    stages = load_stages(config, layers)
     with _progress() as (listeners, stop):
-        result = run_generate(job, out, config_name=config, listeners=listeners, stop=stop)
+        result = generate_stages(stages, out, config_name=config, listeners=listeners, stop=stop)
     _conclude(result)
 
 
@@ -86,7 +88,9 @@ def image(
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures; must be new or empty.")] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes every random number.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
-    prior: Annotated[str | None, typer.Option(help="A name from `sds3d priors`, or a folder.")] = None,
+    prior: Annotated[
+        str | None, typer.Option(help="A name from `sds3d priors`, a folder, or a hub id.")
+    ] = None,
     count: Annotated[int, typer.Option(min=1, max=64, help="Images side by side.")] = 4,
     lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of the pixels.")] = 0.03,
     space: Annotated[str, typer.Option(help="What is optimised: pixels or latents.")] = "pixels",
@@ -124,10 +128,10 @@ def image(
 @app.command()
 def resume(run: RunFolder) -> None:
     """Continue an interrupted or failed run from its last checkpoint."""
-    from sds3d.run import resume as run_resume
+    from sds3d.staged import resume_any
 
     with _progress() as (listeners, stop):
-        result = run_resume(run, listeners=listeners, stop=stop)
+        result = resume_any(run, listeners=listeners, stop=stop)
     _conclude(result)
 
 
@@ -137,10 +141,10 @@ def export(
     formats: Annotated[str | None, typer.Option("--format", "--formats", help="E.g. glb,obj,ply.")] = None,
 ) -> None:
     """Write the asset of a run's last checkpoint again, in other formats if given."""
-    from sds3d.run import export as run_export
+    from sds3d.staged import export_any
 
     with _progress() as (listeners, _):
-        result = run_export(run, split_formats(formats) if formats else (), listeners=listeners)
+        result = export_any(run, split_formats(formats) if formats else (), listeners=listeners)
     _conclude(result)
 
 
@@ -187,13 +191,25 @@ def methods() -> None:
 
 
 @app.command()
-def priors() -> None:
-    """List the priors that can be asked for by name."""
-    from sds3d.priors import known_priors
+def priors(
+    json_: Annotated[bool, typer.Option("--json", help="As JSON, with all fields.")] = False,
+    check: Annotated[
+        str | None, typer.Option(metavar="NAME|PATH", help="Examine one prior: complete, and loads?")
+    ] = None,
+) -> None:
+    """List the priors known by name: size, licence, gated or open, source, on this disk or not; nothing is fetched."""
+    from sds3d.priors import PriorConfig
+    from sds3d.priors.listing import examine, rows, table
 
-    for name, info in sorted(known_priors().items()):
-        missing = "" if info.folder.is_dir() else "  (files missing)"
-        typer.echo(f"{name:<12} {info.summary} [{info.licence}]{missing}")
+    if check is not None:
+        for finding in examine(PriorConfig(name=check)):
+            typer.echo(f"{finding.name:<16} {finding.detail}")
+        typer.echo("ok")
+    elif json_:
+        typer.echo(json.dumps(rows(), indent=2))
+    else:
+        for line in table():
+            typer.echo(line)
 
 
 @bench_app.command("guidance")
@@ -233,19 +249,22 @@ Files = Annotated[list[str] | None, typer.Argument(metavar="NAME|FILE|KEY=VALUE"
 def config_show(files: Files = None) -> None:
     """Print the resolved config with the origin of every value."""
     from sds3d.config.dump import show
-    from sds3d.job import load_job
+    from sds3d.staged import load_stages
 
     names = [word for word in files or [] if not is_override(word)]
     layers = override_layers([word for word in files or [] if is_override(word)])
     for name in names or ["default"]:
-        typer.echo(show(load_job(name, layers)), nl=False)
+        stages = load_stages(name, layers)
+        for stage in stages:
+            if len(stages) > 1:
+                typer.echo(f"# stage {stage.name}")
+            typer.echo(show(stage.resolved), nl=False)
 
 
 @config_app.command("check")
 def config_check(files: Files = None) -> None:
     """Check config files; a folder means every YAML file in it."""
-    from sds3d.config.load import resolve
-    from sds3d.job import JobConfig
+    from sds3d.staged import load_stages
 
     paths: list[Path] = []
     for name in files or config_names():
@@ -254,7 +273,7 @@ def config_check(files: Files = None) -> None:
     faults = 0
     for path in paths:
         try:
-            resolve(JobConfig, file_layers(path))
+            load_stages(str(path))
         except ConfigError as error:
             faults += 1
             typer.echo(f"error: {error}", err=True)

@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 
 from sds3d.ops.threads import thread_count
-from sds3d.priors import PriorConfig, known_priors, load_prior
+from sds3d.priors import PriorConfig, load_prior
+from sds3d.priors.hub import find_folder
 
 Status = Literal["ok", "note", "FAIL"]
 PACKAGES = (
@@ -120,10 +121,9 @@ def _video(name: str) -> Check:
 
 def _prior(name: str) -> Check:
     chosen = PriorConfig()
-    info = known_priors()[chosen.name]
     prior = load_prior(chosen, torch.device("cpu"))
     prior.encode_text(["a red mug"])
-    return Check(name, "ok", f"{chosen.name} loads from {info.folder}; {prior.image_px} px")
+    return Check(name, "ok", f"{chosen.name} loads from {find_folder(chosen)}; {prior.image_px} px")
 
 
 def _disk(name: str) -> Check:

@@ -17,6 +17,7 @@ from sds3d.errors import ConfigError
 from sds3d.guidance.pixel_clip import clip_pixel_gradient
 from sds3d.guidance.terms import Sees, Term
 from sds3d.guidance.time import TimeLaw
+from sds3d.held import Held, joined
 from sds3d.interfaces import (
     Cameras,
     Draw,
@@ -30,8 +31,12 @@ from sds3d.interfaces import (
 )
 from sds3d.moment import Moment
 from sds3d.optim import Optimizer, OptimizerConfig
+from sds3d.parallel import Team
+from sds3d.priors.control_pictures import control_pictures
 from sds3d.priors.text import TextBank
 from sds3d.rng import Streams
+from sds3d.slices import Slice
+from sds3d.transfer import upload
 
 LEARNER = OptimizerConfig(lr_factor=Ramp.constant(1.0), betas=(0.9, 0.99))
 
@@ -43,24 +48,6 @@ class Guidance:
     loss: Float[Tensor, ""]  # only its gradient means something
     aux_loss: Float[Tensor, ""] | None = None
     log: Mapping[str, float | Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """A residual that several steps share: grad = weight (x - target), and its image-space companion."""
-
-    target: Float[Tensor, "b c h w"]
-    weight: Float[Tensor, "b 1 1 1"]
-    image_target: Float[Tensor, "b 3 P P"] | None = None
-    image_weight: float = 0.0
-
-    def pull(self, x: Float[Tensor, "b c h w"]) -> Residual:
-        """The residual at another x."""
-        return Residual(
-            grad=self.weight * (x - self.target),
-            image_target=self.image_target,
-            image_weight=self.image_weight,
-        )
 
 
 class Guide:
@@ -89,7 +76,8 @@ class Guide:
             for group in term.rule.groups()
         ]
         self.learner = Optimizer(groups, LEARNER) if groups else None
-        self.held: dict[int, Held] = {}
+        self.held: dict[int, Held] = {}  # of all views
+        self._made: dict[int, list[Held]] = {}  # of this step's pieces so far
         for term in terms:
             _refuse_hold(term.rule, hold)
 
@@ -101,11 +89,15 @@ class Guide:
         now: Moment,
         shared: Moment,
         source: Callable[[], Render] | None = None,
+        part: Slice | None = None,
     ) -> Guidance:
         """The guidance on a render taken at `now`; steps with the same `shared` moment hold one target.
 
-        `source` renders the asset that is edited; it is asked only at steps that ask a rule.
+        `source` renders the asset that is edited; it is asked only at steps that ask a rule. `part` says which of the
+        step's views these are (None: all): then losses are means over these views alone. Targets of pieces
+        are held from `settle` on.
         """
+        part = Slice.whole(len(cameras)) if part is None else part
         fresh = shared == now or not self.held
         draw: Draw | None = None
         original: Render | None = None
@@ -120,16 +112,16 @@ class Guide:
                 seen[term.sees] = self.prior.encode(self.image(view, term.sees))
             x = seen[term.sees]
             if fresh or index not in self.held:
-                draw = self.draw(view, x, cameras, shared) if draw is None else draw
+                draw = self.draw(view, x, cameras, shared, part) if draw is None else draw
                 known = None
                 if source is not None:
                     original = source() if original is None else original
                     known = self.prior.encode(self.image(original, term.sees)).detach()
-                cond = self.bank.for_views(cameras, shading, known)
+                cond = self.bank.for_views(cameras, shading, known, self.control(view, cameras))
                 residual = term.rule.residual(x.detach(), for_term(draw, index), cond)
-                self._hold(index, residual)
+                self._hold(index, residual, part)
             else:
-                residual = self.held[index].pull(x.detach())
+                residual = self.held[index].of(part).pull(x.detach())
             loss = loss + term.weight.at(now) * self._attach(x, view, residual, now)
             if residual.aux_loss is not None:
                 aux = residual.aux_loss if aux is None else aux + residual.aux_loss
@@ -146,15 +138,33 @@ class Guide:
             )
         return view.alpha * (0.5 * view.normal + 0.5) + 0.5 * (1.0 - view.alpha)
 
-    def draw(self, view: Render, x: Tensor, cameras: Cameras, now: Moment) -> Draw:
-        """The randomness of a step, for all terms: a pure function of seed, step, and the noise source's state."""
-        stream = self.streams.stream("diffusion", now.step)
-        t = self.time.sample(now, len(x), stream.fork("time")).to(x.device)
+    def control(self, view: Render, cameras: Cameras) -> Float[Tensor, "b q H W"] | None:
+        """The scene's own geometry as the prior's control networks see it, without gradient; None without them."""
+        kinds = self.bank.conditions.controls
+        if not kinds:
+            return None
+        if "normal" in kinds and view.normal is None:
+            # Scenes render normals only where shading needs them.
+            from sds3d.scenes.gaussians import depth_normals
+
+            view = replace(view, normal=depth_normals(view.depth.detach(), view.alpha.detach(), cameras))
+        return control_pictures(view, cameras, kinds)
+
+    def draw(self, view: Render, x: Tensor, cameras: Cameras, now: Moment, part: Slice | None = None) -> Draw:
+        """The randomness of a step, for all terms: a pure function of seed, step, and the noise source's state.
+
+        It is drawn for all views of the step and cut to those of `part` (None: these are all).
+        """
+        part = Slice.whole(len(x)) if part is None else part
+        whole = self.streams.stream("diffusion", now.step)
+        stream = part.stream(whole)
+        times = self.time.sample(now, part.total, whole.fork("time"))
+        t = upload(times[part.rows], x.device)
         shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
         noise = self.noise.sample(shape, view, cameras, now, stream.fork("noise"))
         return Draw(
             t=self.prior.schedule.snap(t),
-            noise=noise.to(x),
+            noise=upload(noise, x.device, x.dtype),
             schedule=self.prior.schedule,
             stream=stream,
             now=now,
@@ -164,6 +174,35 @@ class Guide:
         """Let the rules' own parameters take a step; where their loss is not finite nothing changes."""
         if self.learner is not None and aux_loss is not None:
             self.learner.step(aux_loss, now)
+
+    def begin(self) -> Callable[[], None]:
+        """Before the pieces of a step; the answer undoes what they changed, should the step not come about."""
+        self._made = {}
+        if self.learner is not None:
+            self.learner.clear()
+        before = {name: value.detach().clone() for name, value in self.noise.state_dict().items()}
+        held = dict(self.held)
+
+        def undo() -> None:
+            self.noise.load_state_dict(before)
+            self.held = held
+            self.begin()
+
+        return undo
+
+    def settle(self, now: Moment, team: Team) -> None:
+        """After all pieces of a step: hold their targets, and let the rules' own parameters take a step.
+
+        Where their gradients are not finite nothing changes.
+        """
+        for index, pieces in sorted(self._made.items()):
+            self.held[index] = joined(pieces, team)
+        self._made = {}
+        if self.learner is None:
+            return
+        team.add_gradients(self.learner.params())
+        if any(p.grad is not None for p in self.learner.params()):
+            self.learner.update(now)
 
     def limited(self, grad: Float[Tensor, "b c h w"], now: Moment) -> Float[Tensor, "b c h w"]:
         """The gradient clamped elementwise, where the run asks for it."""
@@ -182,14 +221,14 @@ class Guide:
             loss = loss + attach_gradient(rgb, away)
         return loss
 
-    def _hold(self, index: int, residual: Residual) -> None:
-        if self.hold > 1 and residual.target is not None and residual.weight is not None:
-            self.held[index] = Held(
-                target=residual.target,
-                weight=residual.weight,
-                image_target=residual.image_target,
-                image_weight=residual.image_weight,
-            )
+    def _hold(self, index: int, residual: Residual, part: Slice) -> None:
+        held = Held.from_residual(residual) if self.hold > 1 else None
+        if held is None:
+            return
+        if part.is_whole:
+            self.held[index] = held
+        else:
+            self._made.setdefault(index, []).append(held)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Rules, noise source, learner and held targets, as tensors by name."""

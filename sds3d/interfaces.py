@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from sds3d.moment import Moment
 from sds3d.rng import Stream
+from sds3d.transfer import upload
 
 
 def _tensors_on(record: object, device: torch.device | str) -> dict[str, Any]:
     """The tensor fields of a record, on another device."""
-    return {key: value.to(device) for key, value in vars(record).items() if isinstance(value, Tensor)}
+    return {key: upload(value, device) for key, value in vars(record).items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,9 @@ class Render:
     alpha: Float[Tensor, "b 1 H W"]  # [0, 1]
     depth: Float[Tensor, "b 1 H W"]  # alpha-weighted metres along the camera z axis; 0 where alpha = 0
     normal: Float[Tensor, "b 3 H W"] | None = None  # world frame, unit length where alpha > 0
+    light: Float[Tensor, "b l H W"] | None = (
+        None  # how known light falls on it, [0, 1], for light control networks
+    )
     private: object = None  # only the scene that made it may look inside
 
 
@@ -92,7 +96,7 @@ class Told:
     """One bundle of what the prior is told about b views: one row of a batched network call."""
 
     text: Float[Tensor, "b n d"]  # opaque: only the prior that made it looks inside
-    image: Float[Tensor, "b m d"] | None = None  # embedding of an image prompt; None beside others: no image
+    image: Float[Tensor, "b m e"] | None = None  # embedding of an image prompt; None beside others: no image
     control: Float[Tensor, "b q H W"] | None = None  # pictures in [0, 1] that steer the layout (ControlNet)
     cameras: Cameras | None = None
     background: Float[Tensor, "b 3"] | None = None
@@ -114,7 +118,8 @@ class Condition:
     plain: Float[Tensor, "b n d"] | None = None  # the prompt without view words
     prompt: str = ""  # in words, for rewards
     extra: Mapping[str, Float[Tensor, "b n d"]] = field(default_factory=dict)
-    image: Float[Tensor, "b m d"] | None = None
+    image: Float[Tensor, "b m e"] | None = None
+    no_image: Float[Tensor, "b m e"] | None = None  # "no picture", for the bundles beside the image prompt
     source: Float[Tensor, "b c h w"] | None = (
         None  # x of the asset that is being edited, seen by these cameras
     )
@@ -125,6 +130,7 @@ class Condition:
     control: Float[Tensor, "b q H W"] | None = (
         None  # goes with every bundle: the layout is known, not asked for
     )
+    camera_always: bool = False  # multi-view priors are told the camera with the empty prompt too
 
     def as_text(self) -> Told:
         """Prompt, camera and background."""
@@ -155,8 +161,14 @@ class Condition:
         return self._tell(self.negatives[:, index])
 
     def _tell(self, text: Float[Tensor, "b n d"], *, camera: bool = False) -> Told:
-        cameras = self.cameras if camera else None
-        return Told(text=text, cameras=cameras, background=self.background, control=self.control)
+        cameras = self.cameras if camera or self.camera_always else None
+        return Told(
+            text=text,
+            image=self.no_image,
+            control=self.control,
+            cameras=cameras,
+            background=self.background,
+        )
 
 
 @runtime_checkable
@@ -199,7 +211,7 @@ class Draw:
     def fork(self, index: int) -> "Draw":
         """The same t with fresh, independent noise."""
         stream = self.stream.fork(str(index))
-        noise = stream.normal(*self.noise.shape).to(self.noise)
+        noise = stream.normal(*self.noise.shape, device=self.noise.device).to(self.noise)
         return replace(self, noise=noise, stream=stream)
 
 
@@ -383,6 +395,9 @@ class Scene(nn.Module, ABC):
     """Something that can be rendered, optimised, and turned into a textured surface."""
 
     penalty_names: tuple[str, ...] = ()
+    needs_start: ClassVar[bool] = (
+        False  # cannot begin from nothing: a run of it starts from another run's scene
+    )
 
     @abstractmethod
     def render(self, cameras: Cameras, shading: Shading, rng: Stream, *, progress: float = 1.0) -> Render:

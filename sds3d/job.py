@@ -1,7 +1,7 @@
 """`JobConfig`: everything a run depends on, as one frozen record; see `configs/default.yaml` for its YAML."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
@@ -19,12 +19,25 @@ from sds3d.guidance.terms import guidance_needs, guidance_table
 from sds3d.guidance.time import TIME_LAWS
 from sds3d.optim import OptimizerConfig
 from sds3d.optimize import PenaltyConfig
-from sds3d.priors import PriorConfig, missing_offer, prior_offers
+from sds3d.priors import PriorConfig, missing_offer, needed_views, prior_offers
 from sds3d.priors.text import PromptingConfig
 from sds3d.scenes import SCENES
 
 # A run resumed with other values here still takes the same steps.
-_NOT_IN_HASH = ("device", "checkpoint", "preview", "export", "on_collapse")
+_NOT_IN_HASH = ("device", "memory", "checkpoint", "preview", "export", "on_collapse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """What a run may take, and whether it is fitted into that before it starts."""
+
+    limit_gb: float | None = option(
+        None, help="GiB that the device gives this process at most; null = what is free", ge=0.01
+    )
+    plan: Literal["auto", "none"] = option(
+        "auto",
+        help="auto = estimate before the run, save where needed and refuse what cannot fit; none = just start",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +68,20 @@ class EditConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """Where the scene comes from, other than from nothing: the scene of another run, turned into this run's kind."""
+
+    run: str | None = option(
+        None, help="run folder whose scene this run starts from; relative to this run's folder, else to here"
+    )
+    cells: int = option(96, help="cells per side of the surface that is taken from it", ge=8, le=512)
+    max_faces: int = option(8000, help="faces of a mesh scene that is made from it", ge=100, le=1_000_000)
+    texture_steps: int = option(
+        200, help="steps in which a texture field learns its colours", ge=1, le=10_000
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobConfig:
     """One run: prompt to asset."""
 
@@ -63,9 +90,13 @@ class JobConfig:
     seed: int = option(0, help="fixes every random number of the run", ge=0, le=2**53)
     steps: int = option(500, help="optimisation steps", ge=1, le=10_000_000)
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="auto = cuda where there is one")
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
     scene: Chosen = kinds(SCENES, next(iter(SCENES)), help="what is optimised")
+    particles: int = option(
+        1, help="scenes that are optimised together, one per step in turn (VSD)", ge=1, le=16
+    )
     guidance: Chosen = kinds(guidance_table, "sds", help="the score-distillation rule, or mix for several")
     time: Chosen = kinds(TIME_LAWS, "uniform", help="which diffusion times the steps use")
     noise: Chosen = kinds(NOISES, "fresh", help="where the noise of a step comes from")
@@ -78,6 +109,7 @@ class JobConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     edit: EditConfig = field(default_factory=EditConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     export: AssetConfig = field(default_factory=AssetConfig)
 
     def text(self) -> str:
@@ -103,6 +135,9 @@ class JobConfig:
                 f"It has {', '.join(known) or 'none'}; set this weight to 0."
             )
         self._check_needs(source_given or self.edit.run is not None)
+        self._check_views()
+        self._check_particles()
+        self._check_start()
         if self.preview.turntable_px % 2:
             raise ConfigError(
                 f"preview.turntable_px: got {self.preview.turntable_px}, expected an even number"
@@ -111,6 +146,29 @@ class JobConfig:
             low, high = getattr(self.camera, name)
             if low > high:
                 raise ConfigError(f"camera.{name}: got [{low}, {high}], expected the smaller value first")
+
+    def _check_particles(self) -> None:
+        """Targets and edits belong to one scene."""
+        if self.particles > 1 and self.camera.hold_steps > 1:
+            raise ConfigError(
+                f"particles: got {self.particles} with camera.hold_steps = {self.camera.hold_steps}; a held target "
+                "belongs to one scene, so set camera.hold_steps=1"
+            )
+        if self.particles > 1 and self.edit.run is not None:
+            raise ConfigError(
+                f"particles: got {self.particles}, but edit.run edits one scene; set particles=1"
+            )
+
+    def _check_start(self) -> None:
+        """Some scenes need one; it is one scene, and not edited at the same time."""
+        if SCENES[self.scene.kind].needs_start and self.start.run is None:
+            raise ConfigError(
+                f"scene.kind: a {self.scene.kind!r} scene starts from another run; set start.run to its folder, "
+                "or make it a stage (configs with stages:)"
+            )
+        if self.start.run is not None and (self.edit.run is not None or self.particles > 1):
+            other = "edit.run" if self.edit.run is not None else "particles"
+            raise ConfigError(f"start.run: cannot be combined with {other}; remove one of them")
 
     def _check_needs(self, source_given: bool) -> None:
         """Refuse rules that ask for what this run does not offer."""
@@ -124,10 +182,35 @@ class JobConfig:
                     )
             elif need not in offered:
                 raise ConfigError(f"guidance.kind {kind!r} {missing_offer(need, self.prior.name)}")
+        if self.prior.image_prompt is not None and "image prompt" not in asked:
+            raise ConfigError(
+                f"prior.image_prompt: guidance.kind {self.guidance.kind!r} looks at no picture; use guidance.kind "
+                "isd (with variate 0 it is SDS with the picture), or remove the setting"
+            )
+
+    def _check_views(self) -> None:
+        """Refuse cameras and times that a prior of jointly denoised views cannot use."""
+        needed = needed_views(self.prior)
+        if needed == 1:
+            return
+        if self.camera.views_per_object != needed:
+            raise ConfigError(
+                f"camera.views_per_object: got {self.camera.views_per_object}, but the prior {self.prior.name!r} "
+                f"denoises {needed} views of one object jointly; set camera.views_per_object={needed} and "
+                f"camera.batch to a multiple of {needed}, or start from the preset mvdream"
+            )
+        for name in ("per_view", "spread"):
+            if getattr(self.time.config, name, False):
+                raise ConfigError(
+                    f"time.{name}: the prior {self.prior.name!r} denoises {needed} views at one common t; "
+                    f"set it to {'false' if name == 'per_view' else '0'}"
+                )
 
     def hash(self) -> str:
         """Equal for two jobs that take the same optimisation steps."""
-        return config_hash(self, ignore=_NOT_IN_HASH)
+        # How the views are cut changes nothing but rounding, so a run may be resumed with smaller pieces.
+        uncut = replace(self, camera=replace(self.camera, micro_batch=None))
+        return config_hash(uncut, ignore=_NOT_IN_HASH)
 
 
 def pick_device(name: str) -> torch.device:

@@ -66,9 +66,17 @@ class Optimizer:
         return [p for group in self.adam.param_groups for p in group["params"]]
 
     def step(self, loss: Float[Tensor, ""], now: Moment) -> StepReport:
-        """Backward, check, clip, update; clears the gradients before the backward pass."""
-        self.adam.zero_grad(set_to_none=True)
+        """Clear the gradients, backward, update."""
+        self.clear()
         loss.backward()
+        return self.update(now)
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        self.adam.zero_grad(set_to_none=True)
+
+    def update(self, now: Moment) -> StepReport:
+        """Check the gradients that backward passes have left, clip, update."""
         grads = [p.grad for p in self.params() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         bad = ~torch.isfinite(norm)

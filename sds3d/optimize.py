@@ -1,8 +1,8 @@
 """The optimisation loop: from a prompt's embedding to an optimised scene, one readable step at a time."""
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,45 +12,25 @@ from torch import Tensor
 from sds3d.cameras.light import ShadingLaw
 from sds3d.cameras.orbit import turntable_cameras
 from sds3d.cameras.sample import CameraLaw
-from sds3d.config.option import option
-from sds3d.config.ramp import Ramp
+from sds3d.economy import Economy, NoRoomError, with_room
 from sds3d.errors import CheckpointError, ConfigError, NonFiniteError
-from sds3d.events.bus import Emit, StepDone, Warned
+from sds3d.events.bus import Emit, Warned
 from sds3d.guide import Guide
 from sds3d.interfaces import Cameras, Prior, Render, Scene, Shading
 from sds3d.moment import Moment
 from sds3d.optim import Optimizer, StepReport
+from sds3d.parallel import Team
+from sds3d.penalties import PenaltyConfig
+from sds3d.priors.notices import notices
 from sds3d.priors.text import TextBank
 from sds3d.rng import Streams
+from sds3d.slices import Slice
+from sds3d.watch import Watch
 
 if TYPE_CHECKING:
     from sds3d.job import JobConfig
 
-SKIPPED_STEPS_LIMIT = 50
-EXPLODING_FACTOR = 1e3  # a gradient norm this many times its usual value is reported
-
-
-@dataclass(frozen=True, kw_only=True)
-class PenaltyConfig:
-    """Weights of the scene's regularisers; the guidance gradient is a sum over the elements of x, per view."""
-
-    opacity: Ramp = option(Ramp.constant(0.0), help="mean alpha: keeps space empty", ge=0.0)
-    entropy: Ramp = option(
-        Ramp.constant(0.0), help="binary entropy of alpha: solid or empty, no haze", ge=0.0
-    )
-    orientation: Ramp = option(
-        Ramp.constant(0.0), help="normals that face away from the camera (Ref-NeRF)", ge=0.0
-    )
-    distortion: Ramp = option(Ramp.constant(0.0), help="spread of density along rays (mip-NeRF 360)", ge=0.0)
-    tv_density: Ramp = option(Ramp.constant(0.0), help="total variation of density", ge=0.0)
-    tv_color: Ramp = option(Ramp.constant(0.0), help="total variation of colour", ge=0.0)
-    scale: Ramp = option(Ramp.constant(0.0), help="mean size of Gaussians", ge=0.0)
-    anisotropy: Ramp = option(Ramp.constant(0.0), help="needle-like Gaussians", ge=0.0)
-
-    def active(self) -> dict[str, Ramp]:
-        """Weights that are not zero throughout."""
-        ramps = {spec.name: getattr(self, spec.name) for spec in fields(self)}
-        return {name: ramp for name, ramp in ramps.items() if ramp.start != 0.0 or ramp.end != 0.0}
+__all__ = ["Loop", "Parts", "PenaltyConfig", "Seen", "build_guide", "build_loop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +52,28 @@ class Parts:
         return self.guide.prior
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What the views of a step leave when their gradients are there."""
+
+    view: Render  # of the last piece
+    values: Mapping[str, float | Tensor]  # means over the views, for the report
+
+
 class Loop:
-    """A resumable optimisation run; `index` steps are done."""
+    """A resumable optimisation run; `index` steps are done.
+
+    `economy` says how the views of a step are cut to fit into memory, `team` how they are dealt to processes.
+    """
+
+    economy, team = Economy(), Team()
 
     def __init__(
         self, parts: Parts, steps: int, *, stop_on_nonfinite: bool = False, log_every: int = 10
     ) -> None:
         self.parts, self.steps, self.index = parts, steps, 0
         self.stop_on_nonfinite, self.log_every = stop_on_nonfinite, log_every
-        self.usual_norm: float | None = None  # slow average of the gradient norm, on a log scale
+        self.watch = Watch(stop=stop_on_nonfinite)
         self.weights = parts.penalties.active()
         unknown = sorted(set(self.weights) - set(parts.scene.penalty_names))
         if unknown:
@@ -98,25 +91,69 @@ class Loop:
     def step(self, emit: Emit) -> None:
         """One step: views, render, guidance, penalties, update."""
         parts, now = self.parts, Moment(self.index, self.steps)
+        if self.index % self.log_every == 0:
+            for message in notices(parts.prior):
+                emit(Warned(message=message))
+        economize = partial(self.economize, now, emit)
+        seen = with_room(lambda: self.gradients(now), parts.guide.begin(), economize, self.team)
+        self.team.add_gradients(parts.optimizer.params())
+        report = parts.optimizer.update(now)
+        parts.guide.settle(now, self.team)
+        parts.scene.adapt(seen.view, parts.optimizer, now.step)
+        self.index += 1
+        if self.stop_on_nonfinite and bool(report.skipped):
+            raise NonFiniteError(f"step {now.step}: gradients are not finite (on_nonfinite: stop)")
+        if self.index % self.log_every == 0 or self.index == self.steps:
+            self.report(emit, seen, report)
+
+    def gradients(self, now: Moment) -> Seen:
+        """Leave the gradients of all views on the parameters, piece by piece; nothing else changes for good."""
         # Steps that hold a target share the moment at which it was made, and so its cameras and its draw.
-        shared = Moment(self.index - self.index % parts.guide.hold, self.steps)
+        shared = Moment(self.index - self.index % self.parts.guide.hold, self.steps)
         cameras, shading = self.look(shared)
-        stream = parts.streams.stream("render", now.step)
+        self.parts.optimizer.clear()
+        said: list[tuple[Slice, Mapping[str, float | Tensor]]] = []
+        seen: Seen | None = None
+        own, group = self.team.slice(len(cameras)), self.parts.camera.config.views_per_object
+        for part in own.pieces(self.economy.micro_batch, group):
+            seen = None  # the piece before makes room
+            seen = self.piece(part, part.of(cameras), part.of(shading), now, shared)
+            said.append((part, seen.values))
+        assert seen is not None
+        return Seen(view=seen.view, values=_means(said))
+
+    def piece(self, part: Slice, cameras: Cameras, shading: Shading, now: Moment, shared: Moment) -> Seen:
+        """Render some views, ask for guidance and penalties, and add their share to the gradients."""
+        parts = self.parts
+        stream = part.stream(
+            parts.streams.stream("render", now.step), per_view=cameras.width_px * cameras.height_px
+        )
         view = parts.scene.render(cameras, shading, stream, progress=now.progress)
-        guidance = parts.guide(view, cameras, shading, now, shared, self.source(cameras, shading))
+        guidance = parts.guide(view, cameras, shading, now, shared, self.source(cameras, shading), part)
         loss = guidance.loss
         known = parts.scene.penalties(view) if self.weights else {}
         penalties = {name: known[name] for name in self.weights}  # scenes may compute them on look-up
         for name, ramp in self.weights.items():
             loss = loss + ramp.at(now) * penalties[name]
-        report = parts.optimizer.step(loss, now)
-        parts.guide.learn(guidance.aux_loss, now)
-        parts.scene.adapt(view, parts.optimizer, now.step)
-        self.index += 1
-        if self.stop_on_nonfinite and bool(report.skipped):
-            raise NonFiniteError(f"step {now.step}: gradients are not finite (on_nonfinite: stop)")
-        if self.index % self.log_every == 0 or self.index == self.steps:
-            self.report(emit, view, report, {**penalties, **guidance.log})
+        for objective in (loss, guidance.aux_loss if parts.guide.learner is not None else None):
+            if objective is not None:
+                (objective if part.is_whole else part.share * objective).backward()
+        values = {**penalties, **guidance.log, "alpha_mean": view.alpha.detach().mean()}
+        return Seen(view=view, values={k: torch.as_tensor(v).detach() for k, v in values.items()})
+
+    def economize(self, now: Moment, emit: Emit, lack: str) -> None:
+        """Go on in smaller pieces from here on, and say so; NoRoomError where there are none."""
+        camera, used = self.parts.camera, self.economy
+        full_px = camera.size_px(now)
+        views = len(self.team.slice(camera.config.batch))
+        tighter = used.tighter(views, camera.config.views_per_object, full_px)
+        where = (
+            f"step {now.step + 1}: out of memory with {used.words()} at {used.size_px(full_px)} px ({lack})"
+        )
+        if tighter is None:
+            raise NoRoomError(where)
+        self.economy = tighter
+        emit(Warned(message=f"{where}; going on with {tighter.words()}"))
 
     def source(self, cameras: Cameras, shading: Shading) -> Callable[[], Render] | None:
         """How to render the asset that is being edited with the same cameras, if there is one."""
@@ -129,50 +166,25 @@ class Loop:
         """Cameras and shading of a moment; a pure function of the seed and the moment."""
         parts = self.parts
         cameras = parts.camera.sample(now, parts.streams.stream("camera", now.step))
+        if self.economy.render_scale < 1.0:
+            cameras = cameras.resized(self.economy.size_px(cameras.width_px))
         shading = parts.shading.sample(now, cameras, parts.streams.stream("shading", now.step))
         return cameras.to(parts.prior.device), shading.to(parts.prior.device)
 
-    def report(
-        self, emit: Emit, view: Render, report: StepReport, values: Mapping[str, float | Tensor]
-    ) -> None:
+    def report(self, emit: Emit, seen: Seen, report: StepReport) -> None:
         """Read numbers back from the device and pass them on."""
         learner = self.parts.guide.learner
-        nonfinite = int(self.parts.optimizer.nonfinite)
-        unlearned = 0 if learner is None else int(learner.nonfinite)
-        norm = float(report.grad_norm)
-        log = {name: float(torch.as_tensor(value).detach()) for name, value in values.items()}
-        log["alpha_mean"] = float(view.alpha.detach().mean())
-        emit(
-            StepDone(
-                step=self.index, steps=self.steps, grad_norm=norm, log=log, nonfinite=nonfinite + unlearned
-            )
+        names = list(seen.values)
+        means = self.team.total([float(seen.values[name]) for name in names])
+        self.watch.report(
+            emit,
+            self.index,
+            self.steps,
+            norm=float(report.grad_norm),
+            nonfinite=int(self.parts.optimizer.nonfinite),
+            unlearned=0 if learner is None else int(learner.nonfinite),
+            log=dict(zip(names, means, strict=True)),
         )
-        if self.stop_on_nonfinite and unlearned:
-            raise NonFiniteError(
-                f"step {self.index}: the rule's own loss is not finite (on_nonfinite: stop); lower its learning rate"
-            )
-        for count, what in ((nonfinite, "gradients"), (unlearned, "losses of the rule's own parameters")):
-            if count >= SKIPPED_STEPS_LIMIT and count * 2 > self.index:
-                raise NonFiniteError(
-                    f"{count} of {self.index} steps had non-finite {what} and were skipped; "
-                    "lower the learning rate or guidance.cfg_scale, or run with prior.dtype float32"
-                )
-        self._watch(emit, norm)
-
-    def _watch(self, emit: Emit, norm: float) -> None:
-        """Warn, or stop where the run says so, when the gradient norm leaves its usual range by far."""
-        if not 0.0 < norm < math.inf:
-            return
-        usual = self.usual_norm
-        if usual is not None and norm > EXPLODING_FACTOR * usual:
-            message = (
-                f"step {self.index}: the gradient norm {norm:.3g} is over {EXPLODING_FACTOR:g} times "
-                f"its usual {usual:.3g}"
-            )
-            if self.stop_on_nonfinite:
-                raise NonFiniteError(f"{message} (on_nonfinite: stop)")
-            emit(Warned(message=message))
-        self.usual_norm = norm if usual is None else usual**0.9 * norm**0.1
 
     @torch.no_grad()
     def preview(self, size_px: int, count: int = 4, elevation_deg: float = 15.0) -> Float[Tensor, "b 3 H W"]:
@@ -238,12 +250,19 @@ def build_guide(job: "JobConfig", device: torch.device, hold: int | None = None)
     )
 
 
-def build_loop(job: "JobConfig", device: torch.device, source: Scene | None = None) -> Loop:
-    """Everything a job needs, loaded and wired; `source` is the asset to edit, from which the scene starts."""
-    from sds3d.scenes import SCENES
+def build_loop(
+    job: "JobConfig", device: torch.device, source: Scene | None = None, start: Scene | None = None
+) -> Loop:
+    """Everything a job needs, loaded and wired.
+
+    `source` is the asset to edit, from which the scene starts; `start` is the scene itself, already of the job's kind.
+    """
+    from sds3d.scenes import build_scene
 
     guide = build_guide(job, device)
-    scene = SCENES[job.scene.kind](job.scene.config, guide.streams.stream("init")).to(device)
+    if start is None:
+        start = build_scene(job.scene.kind, job.scene.config, guide.streams.stream("init"), job.particles)
+    scene = start.to(device)
     if source is not None:
         scene.load_state_dict(source.state_dict())
         source.to(device).eval().requires_grad_(False)
@@ -257,4 +276,13 @@ def build_loop(job: "JobConfig", device: torch.device, source: Scene | None = No
         streams=guide.streams,
         source=source,
     )
-    return Loop(parts, job.steps, stop_on_nonfinite=job.on_nonfinite == "stop")
+    loop = Loop(parts, job.steps, stop_on_nonfinite=job.on_nonfinite == "stop")
+    loop.economy = Economy(micro_batch=job.camera.micro_batch)
+    return loop
+
+
+def _means(said: Sequence[tuple[Slice, Mapping[str, float | Tensor]]]) -> dict[str, float | Tensor]:
+    """Values of all pieces, weighted by the shares of their views."""
+    if len(said) == 1 and said[0][0].is_whole:
+        return dict(said[0][1])
+    return {name: sum((part.share * values[name] for part, values in said), 0.0) for name in said[0][1]}

@@ -24,6 +24,13 @@ def data_dir(name: str) -> Path:
     return checkout if (_PACKAGE.parent / "pyproject.toml").is_file() else _PACKAGE / "_data" / name
 
 
+def cache_dir(name: str) -> Path:
+    """Folder `name` of what can be made anew: in SDS3D_CACHE_DIR, else XDG_CACHE_HOME/sds3d, else ~/.cache/sds3d."""
+    own = os.environ.get("SDS3D_CACHE_DIR")
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (Path(own) if own else Path(shared) / "sds3d").expanduser() / name
+
+
 def safe_slug(text: str, max_chars: int = 48) -> str:
     """A file-name part for any text: ASCII letters, digits and single dashes, never empty or reserved.
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sds3d.transfer import upload
+
 
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from any printable parts, stable across processes, platforms and Python versions."""
@@ -45,11 +47,11 @@ class Stream:
 
     def normal(self, *shape: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Standard normal float32 tensor, drawn on the CPU so that every device sees the same numbers."""
-        return torch.randn(*shape, generator=self.torch_generator()).to(device)
+        return upload(torch.randn(*shape, generator=self.torch_generator()), device)
 
     def uniform(self, *shape: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Uniform [0, 1) float32 tensor, drawn on the CPU so that every device sees the same numbers."""
-        return torch.rand(*shape, generator=self.torch_generator()).to(device)
+        return upload(torch.rand(*shape, generator=self.torch_generator()), device)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from sds3d import checkpoint
 from sds3d.asset import AssetReport, make_asset
 from sds3d.cameras.orbit import orbit_cameras
 from sds3d.config.dump import dump
+from sds3d.economy import Economy, NoRoomError
 from sds3d.errors import CollapseError, ExportError, InputError, Sds3dError
 from sds3d.events.bus import (
     CheckpointSaved,
@@ -42,10 +43,20 @@ from sds3d.mesh.splat_files import SPLAT_ENCODERS
 from sds3d.mesh.textured import render_textured
 from sds3d.ops.threads import one_thread_per_call
 from sds3d.optimize import Loop, build_loop
+from sds3d.parallel import Team, joined
 from sds3d.paths import claim_folder, claim_run_folder, write_atomic
+from sds3d.plan import lighter, make_plan
+from sds3d.priors.hub import files_of
 from sds3d.rng import Stream
-from sds3d.run_folder import edited_scene, last_checkpoint, new_manifest, open_run, restored_scene
-from sds3d.scenes import GaussianScene
+from sds3d.run_folder import (
+    edited_scene,
+    last_checkpoint,
+    new_manifest,
+    open_run,
+    restored_scene,
+    started_scene,
+)
+from sds3d.scenes import GaussianScene, particles_of
 
 SLOW_STEP_S = 0.5  # steps slower than this are all reported, faster ones every few steps
 _COLORED = ("glb", "gltf", "obj", "ply")  # formats whose file can be shown on the contact sheet
@@ -78,19 +89,25 @@ class RunResult:
 
 @dataclass
 class _Run:
-    """The state of one run in progress; `manifest` mirrors manifest.json."""
+    """The state of one run in progress; `manifest` mirrors manifest.json.
+
+    Of several processes the leading one alone writes and is listened to.
+    """
 
     job: JobConfig
     folder: Path
     stop: Stop
     manifest: dict[str, Any]
     listeners: list[Emit] = field(default_factory=list)
+    team: Team = field(default_factory=Team)
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.earlier_s = float(self.manifest.get("seconds", 0.0))
         self.tally = Tally(lambda message: self.emit(Warned(message=message)))
         self.tally.warnings += self.manifest.get("warnings", [])
+        if not self.team.leads:
+            self.listeners.clear()
 
     def emit(self, event: Event) -> None:
         to_all([self.tally, *self.listeners])(event)
@@ -102,6 +119,8 @@ class _Run:
         self.manifest["nonfinite_steps"] = self.tally.nonfinite
         self.manifest["collapse"] = self.tally.collapse
         self.manifest["seconds"] = round(self.seconds(), 3)
+        if not self.team.leads:
+            return
         text = json.dumps(self.manifest, indent=2, ensure_ascii=False, default=str)
         write_atomic(self.folder / "manifest.json", text.encode("utf-8", "backslashreplace"))
 
@@ -124,15 +143,21 @@ def generate(
             takes steps, the folder holds a checkpoint and can be resumed.
     """
     job.validate()
-    folder = claim_folder(out) if out is not None else claim_run_folder(config_name, job.text())
-    run = _Run(job, folder, stop or Stop(), new_manifest(job, config_name), list(listeners))
-    with one_thread_per_call(pick_device(job.device)):
+    device = pick_device(job.device)
+    with joined(device) as team, one_thread_per_call(device):
+        team.check(job.camera.batch, job.camera.views_per_object)
+        folder = out or Path()
+        if team.leads:
+            folder = claim_folder(out) if out is not None else claim_run_folder(config_name, job.text())
+        run = _Run(job, folder, stop or Stop(), new_manifest(job, config_name), list(listeners), team)
         try:
             run.note(status="running")
-            write_atomic(folder / "config.yaml", dump(job).encode("utf-8"))
-            loop = _build(run)
+            if team.leads:
+                write_atomic(folder / "config.yaml", dump(job).encode("utf-8"))
+            loop = _build(run, started_scene(job, folder))
         except BaseException:
-            _withdraw(folder)
+            if team.leads:
+                _withdraw(folder)
             raise
         return _drive(run, loop)
 
@@ -163,9 +188,11 @@ def resume(folder: Path, *, listeners: Sequence[Emit] = (), stop: Stop | None = 
         )
     job.validate()
     saved = last_checkpoint(folder, job)
-    run = _Run(job, folder, stop or Stop(), manifest, list(listeners))
-    with one_thread_per_call(pick_device(job.device)):
-        loop = _build(run)
+    device = pick_device(job.device)
+    with joined(device) as team, one_thread_per_call(device):
+        team.check(job.camera.batch, job.camera.views_per_object)
+        run = _Run(job, folder, stop or Stop(), manifest, list(listeners), team)
+        loop = _build(run, started_scene(job, folder) if saved is None else None)
         if saved is not None:
             loop.load_state_dict(saved.tensors)
         run.note(status="running", error=None)
@@ -189,11 +216,23 @@ def export(folder: Path, formats: Sequence[str] = (), *, listeners: Sequence[Emi
     return RunResult(status="done", folder=folder, files=files, steps_done=saved.step, seconds=run.seconds())
 
 
-def _build(run: _Run) -> Loop:
+def _build(run: _Run, start: Scene | None) -> Loop:
     run.emit(PhaseStarted(name="loading"))
     device = pick_device(run.job.device)
-    loop = build_loop(run.job, device, edited_scene(run.job))
+    plan = make_plan(run.job, device, run.team.size)
+    if plan.saves:
+        run.emit(Warned(message=plan.line))
+    loop = build_loop(plan.job, device, edited_scene(run.job), start)
+    # A run that once was short of memory stays as frugal when it is resumed.
+    before = Economy.of(run.manifest.get("memory", {}).get("economy", {}))
+    loop.team, loop.economy = run.team, plan.economy.both(before)
+    if run.team.size > 1:
+        loop.economy = replace(
+            loop.economy, micro_batch=run.team.least(loop.economy.micro_batch or run.job.camera.batch)
+        )
+    run.manifest["memory"] = plan.facts() | {"economy": loop.economy.as_dict()}
     run.manifest["device"] = str(device)
+    run.manifest["prior_files"] = files_of(run.job.prior)
     for message in loop.parts.prior.warnings([run.job.text(), run.job.negative_prompt]):
         run.emit(Warned(message=message))
     return loop
@@ -203,12 +242,12 @@ def _drive(run: _Run, loop: Loop) -> RunResult:
     """Optimise, checkpoint, export; on failure say so in the manifest and raise."""
     try:
         _optimise(run, loop)
+        run.team.part()
         status = "interrupted" if loop.index < run.job.steps else "done"
-        files = (
-            _export_or_warn(run, loop)
-            if status == "interrupted"
-            else _export(run, loop.parts.scene, loop.index)
-        )
+        files: dict[str, Path] = {}
+        if run.team.leads:
+            whole = status == "done"
+            files = _export(run, loop.parts.scene, loop.index) if whole else _export_or_warn(run, loop)
         run.note(status=status, steps_done=loop.index)
     except Exception as error:
         with suppress(Sds3dError):
@@ -234,7 +273,8 @@ def _drive(run: _Run, loop: Loop) -> RunResult:
 def _optimise(run: _Run, loop: Loop) -> None:
     job = run.job
     run.emit(PhaseStarted(name="optimising"))
-    run.listeners.append(MetricsLog(run.folder / "metrics.jsonl", after_step=loop.index))
+    if run.team.leads:
+        run.listeners.append(MetricsLog(run.folder / "metrics.jsonl", after_step=loop.index))
     preview = Preview(
         run.folder / "preview.png",
         loop.preview,
@@ -245,20 +285,23 @@ def _optimise(run: _Run, loop: Loop) -> None:
     emit = _timed(run.emit, loop)
     saved = -1
     try:
-        while loop.index < job.steps and not run.stop.asked:
-            before = time.monotonic()
+        while loop.index < job.steps and not run.team.any(run.stop.asked):
+            before, economy = time.monotonic(), loop.economy
             loop.run(loop.index + 1, emit)
-            loop.log_every = 1 if time.monotonic() - before > SLOW_STEP_S else 10
-            preview.refresh(loop.index, last=loop.index == job.steps)
+            loop.log_every = 1 if run.team.any(time.monotonic() - before > SLOW_STEP_S) else 10
+            if loop.economy != economy:
+                run.note(memory=run.manifest["memory"] | {"economy": loop.economy.as_dict()})
+            if run.team.leads:
+                preview.refresh(loop.index, last=loop.index == job.steps)
             if loop.index % job.checkpoint.every_steps == 0:
                 saved = _save(run, loop)
             if run.tally.collapse and job.on_collapse == "stop":
                 raise CollapseError(run.tally.collapse)
-    except (
-        Sds3dError
-    ):  # raised on purpose, between two whole steps; any other error may leave half a step behind
+    except Sds3dError as error:  # between two whole steps; any other error may leave half a step behind
         with suppress(Sds3dError):
             _save(run, loop)
+        if isinstance(error, NoRoomError):
+            raise NoRoomError(f"{error}; {lighter(job, pick_device(job.device))}") from error
         raise
     if loop.index not in (saved, 0):
         _save(run, loop)
@@ -279,6 +322,8 @@ def _timed(emit: Emit, loop: Loop) -> Emit:
 
 
 def _save(run: _Run, loop: Loop) -> int:
+    if not run.team.leads:
+        return loop.index
     folder = run.folder / "checkpoints"
     folder.mkdir(exist_ok=True)
     state = checkpoint.Checkpoint(step=loop.index, config_hash=run.job.hash(), tensors=loop.state_dict())
@@ -307,11 +352,17 @@ def _export(run: _Run, scene: Scene, step: int) -> dict[str, Path]:
     facts = {"prompt": job.text(), "seed": job.seed, "config_hash": job.hash(), "steps": step}
     report = make_asset(scene, folder, job.export, facts)
     files = dict(report.files)
-    if isinstance(scene, GaussianScene):
-        cloud = _cloud(scene)
-        for kind in job.export.splat_formats:
-            files[f"splats_{kind}"] = folder / f"splats.{kind}"
-            write_atomic(files[f"splats_{kind}"], SPLAT_ENCODERS[kind](cloud))
+    for index, particle in enumerate(particles_of(scene)):
+        name = f"particle_{index}"
+        if index > 0:
+            made = make_asset(particle, folder / name, job.export, facts | {"particle": index})
+            files |= {f"{name}_{kind}": path for kind, path in made.files.items()}
+        if isinstance(particle, GaussianScene):
+            cloud, label = _cloud(particle), "splats" if index == 0 else f"{name}_splats"
+            for kind in job.export.splat_formats:
+                path = folder / (name if index else "") / f"splats.{kind}"
+                files[f"{label}_{kind}"] = path
+                write_atomic(path, SPLAT_ENCODERS[kind](cloud))
     size, frames = job.preview.turntable_px, job.preview.turntable_frames
     if frames:
         path = files["turntable"] = folder / "turntable.mp4"

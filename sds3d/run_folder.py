@@ -10,11 +10,12 @@ from typing import Any
 
 from sds3d import __version__, checkpoint
 from sds3d.config.load import file_layers, resolve
+from sds3d.convert import converted
 from sds3d.errors import CheckpointError, ConfigError, InputError
 from sds3d.interfaces import Scene
 from sds3d.job import JobConfig
 from sds3d.rng import Streams
-from sds3d.scenes import SCENES
+from sds3d.scenes import build_scene, particles_of
 
 
 def open_run(folder: Path) -> tuple[JobConfig, dict[str, Any]]:
@@ -48,7 +49,7 @@ def last_checkpoint(folder: Path, job: JobConfig) -> checkpoint.Checkpoint | Non
 
 def restored_scene(job: JobConfig, saved: checkpoint.Checkpoint) -> Scene:
     """The scene of a checkpoint, on the CPU; CheckpointError where it does not fit the job."""
-    scene = SCENES[job.scene.kind](job.scene.config, Streams(job.seed).stream("init"))
+    scene = build_scene(job.scene.kind, job.scene.config, Streams(job.seed).stream("init"), job.particles)
     prefix = "scene."
     state = {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
     try:
@@ -73,6 +74,27 @@ def edited_scene(job: JobConfig) -> Scene | None:
     if saved is None:
         raise InputError(f"edit.run: {folder} holds no checkpoint; finish that run first")
     return restored_scene(before, saved)
+
+
+def started_scene(job: JobConfig, folder: Path) -> Scene | None:
+    """The scene that a run in `folder` starts from, if any, turned into the job's kind."""
+    if job.start.run is None:
+        return None
+    inside = folder / job.start.run
+    before_folder = inside if inside.is_dir() else Path(job.start.run)
+    before, _ = open_run(before_folder)
+    saved = last_checkpoint(before_folder, before)
+    if saved is None:
+        raise InputError(f"start.run: {before_folder} holds no checkpoint; finish that run first")
+    return converted(
+        particles_of(restored_scene(before, saved))[0],
+        job.scene.kind,
+        job.scene.config,
+        Streams(job.seed).stream("init"),
+        cells=job.start.cells,
+        max_faces=job.start.max_faces,
+        texture_steps=job.start.texture_steps,
+    )
 
 
 def new_manifest(job: JobConfig, config_name: str) -> dict[str, Any]:

@@ -111,7 +111,9 @@ def loops(monkeypatch: pytest.MonkeyPatch) -> list[ToyLoop]:
     """The loops that runs built, in order; exporting writes the vector as text."""
     built: list[ToyLoop] = []
 
-    def build(job: JobConfig, device: torch.device, source: Scene | None = None) -> ToyLoop:
+    def build(
+        job: JobConfig, device: torch.device, source: Scene | None = None, start: Scene | None = None
+    ) -> ToyLoop:
         built.append(ToyLoop(job, device))
         return built[-1]
 

@@ -29,6 +29,7 @@ from sds3d.job import load_job, pick_device
 from sds3d.ops.threads import one_thread_per_call
 from sds3d.optimize import build_guide
 from sds3d.paths import safe_slug, write_atomic
+from sds3d.staged import load_stages
 from sds3d.toybox.held_out import held_out_pairs
 from sds3d.toybox.judge import load_judge, parse_prompt
 
@@ -69,7 +70,10 @@ def known_methods(*, experimental: bool = False) -> list[str]:
     for name in config_names():
         if not name.startswith(PREFIX):
             continue
-        infos = [RULES[term.rule.kind].info for term in term_configs(load_job(name).config.guidance)]
+        stages = load_stages(name)
+        if len(stages) > 1:  # compared are rules, not pipelines
+            continue
+        infos = [RULES[term.rule.kind].info for term in term_configs(stages[0].job.guidance)]
         edits = any("source" in info.needs or "image prompt" in info.needs for info in infos)
         if not edits and (experimental or not any(info.experimental for info in infos)):
             found.append(name.removeprefix(PREFIX))

@@ -7,6 +7,7 @@ import torch
 from sds3d.cameras.orbit import orbit_cameras
 from sds3d.config.option import option
 from sds3d.config.ramp import Ramp
+from sds3d.errors import ConfigError
 from sds3d.interfaces import Cameras
 from sds3d.moment import Moment
 from sds3d.rng import Stream
@@ -19,6 +20,18 @@ class CameraConfig:
     """Ranges of the training cameras. Degrees, metres, pixels."""
 
     batch: int = option(4, help="views per step", ge=1, le=256)
+    views_per_object: int = option(
+        1,
+        help="consecutive views that look from evenly spaced azimuths; 4 for MVDream-class priors",
+        ge=1,
+        le=16,
+    )
+    micro_batch: int | None = option(
+        None,
+        help="views rendered and guided at once, the others of the step after them; null = as many as fit",
+        ge=1,
+        le=256,
+    )
     render_px: Ramp = option(
         Ramp.constant(64.0), help="side of the rendered image, rounded to 8 px", ge=8, le=4096
     )
@@ -40,9 +53,19 @@ class CameraConfig:
         le=1.0,
     )
 
+    def __post_init__(self) -> None:
+        if self.batch % self.views_per_object:
+            raise ConfigError(
+                f"batch: got {self.batch}, expected a multiple of views_per_object = {self.views_per_object}"
+            )
+
 
 class CameraLaw:
-    """Draws balanced orbit cameras: one azimuth per equal sector of the range, so no side is starved."""
+    """Draws balanced orbit cameras: one azimuth per equal sector of the range, so no side is starved.
+
+    With v views per object every v consecutive cameras share elevation, radius and field of view, and their azimuths
+    are 360 / v degrees apart (MVDream, arXiv:2308.16512); the ranges are then those of the first of them.
+    """
 
     def __init__(self, config: CameraConfig) -> None:
         self.config = config
@@ -53,8 +76,8 @@ class CameraLaw:
 
     def sample(self, now: Moment, stream: Stream) -> Cameras:
         """`batch` cameras; overhead views are spread over the batch at random."""
-        config = self.config
-        count, share = config.batch, config.widen.at(now)
+        config, views = self.config, self.config.views_per_object
+        count, share = config.batch // views, config.widen.at(now)
         u = stream.uniform(5, count)
         offset = stream.fork("sector").uniform(1)
         order = torch.argsort(stream.fork("order").uniform(count))
@@ -72,6 +95,8 @@ class CameraLaw:
         middle = 15.0
         ordinary = middle + share * (span(config.elevation_deg, u[2]) - middle)
         elevation = torch.where(overhead, span(config.overhead_deg, u[2]), ordinary)
-        return orbit_cameras(
-            azimuth, elevation, span(config.radius, u[3]), span(config.fov_deg, u[4]), self.size_px(now)
-        )
+        radius, fov = span(config.radius, u[3]), span(config.fov_deg, u[4])
+        if views > 1:
+            azimuth = (azimuth[:, None] + torch.arange(views) * (360.0 / views)).flatten() % 360.0
+            elevation, radius, fov = (each.repeat_interleave(views) for each in (elevation, radius, fov))
+        return orbit_cameras(azimuth, elevation, radius, fov, self.size_px(now))

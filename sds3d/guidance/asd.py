@@ -45,7 +45,7 @@ class ASD(Rule):
     def residual(self, x: Float[Tensor, "b c h w"], draw: Draw, cond: Condition) -> Residual:
         """Grad = w (eps_hat(t) - eps_y(t')); no clean target."""
         config, t = self.config, draw.t
-        u = draw.stream.fork("asd").uniform(1).to(t)
+        u = draw.stream.fork("asd").uniform(1, device=t.device).to(t)
         gap = torch.minimum(config.eta * (t - config.t_min.at(draw.now)), LAST - t).clamp(min=0.0)
         later = replace(draw, t=draw.schedule.snap(t + u * gap))
         seen = predict(self.prior, draw.diffuse(x), t, cond, config.cfg_scale)

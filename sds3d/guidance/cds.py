@@ -52,7 +52,7 @@ class CDS(Rule):
         """Grad = w(t) (eps_1 - eps_2)."""
         config, schedule, lower = self.config, draw.schedule, draw.t
         scale = config.cfg_scale.at(draw.now)
-        gap = config.gap + config.perturb * draw.stream.fork("gap").uniform(1).to(lower)
+        gap = config.gap + config.perturb * draw.stream.fork("gap").uniform(1, device=lower.device).to(lower)
         upper = schedule.snap((lower + gap).clamp(max=config.highest)).maximum(lower)
         a, s = schedule.alpha(upper), schedule.sigma(upper)
         x_t = noised(x, draw, upper)

@@ -54,7 +54,7 @@ class SDI(Rule):
     def residual(self, x: Image, draw: Draw, cond: Condition) -> Residual:
         """Grad = w (alpha / sigma) (x - x0_hat); the target is x0_hat."""
         config, schedule = self.config, draw.schedule
-        jitter = config.jitter * draw.stream.fork("jitter").uniform(1).to(draw.t)
+        jitter = config.jitter * draw.stream.fork("jitter").uniform(1, device=draw.t.device).to(draw.t)
         u = schedule.snap((draw.t + jitter).clamp(max=LATEST))
         a, s = schedule.alpha(u), schedule.sigma(u)
         x_u = noised(x, draw, u) if config.random_noise else self._inverted(x, u, draw, cond)

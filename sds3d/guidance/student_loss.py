@@ -75,10 +75,10 @@ def denoising_loss(
     imply at small t is their own error times alpha / sigma.
     """
     # Not quite 0 and 1: there the student would learn from a clean image, or x0 would be divided by alpha = 0.
-    t = 0.001 + 0.998 * stream.fork("t").uniform(len(x)).to(x)
+    t = 0.001 + 0.998 * stream.fork("t").uniform(len(x), 1, device=x.device)[:, 0].to(x)
     t = schedule.snap(t)
     a, s = schedule.alpha(t), schedule.sigma(t)
-    noise = stream.fork("noise").normal(*x.shape).to(x)
+    noise = stream.fork("noise").normal(*x.shape, device=x.device).to(x)
     (eps,) = student.eps(a * x + s * noise, t, told)
     scale = {"noise": torch.ones_like(a), "v": 1.0 / a, "x0": s / a}[target]
     return (scale * (eps - noise)).square().mean()

@@ -96,7 +96,9 @@ class SurfaceNoise(NoiseSource):
             age=float(self.age),
         )
         if self.config.background == "fresh":
-            noise = torch.where(covered[:, None], noise, stream.normal(views, *fine).to(noise))
+            noise = torch.where(
+                covered[:, None], noise, stream.normal(views, *fine, device=noise.device).to(noise)
+            )
         return F.pixel_unshuffle(noise, factor) if factor > 1 else noise
 
     def _renew(self, now: Moment) -> None:

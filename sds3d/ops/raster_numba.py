@@ -21,7 +21,7 @@ def z_buffer(
     faces: NDArray[np.int64],
     keep_sign: float,
     face_id: NDArray[np.int64],
-    nearest: NDArray[np.float64],
+    nearest: NDArray[np.float32],
 ) -> None:
     """Draw one view: `face_id` (H, W) becomes the nearest face per pixel centre, `nearest` (H, W) its 1 / depth.
 
@@ -55,7 +55,8 @@ def z_buffer(
                 bk = ((xi - x) * (yj - y) - (xj - x) * (yi - y)) / area
                 if bi < 0.0 or bj < 0.0 or bk < 0.0:
                     continue
-                inverse = bi * wi + bj * wj + bk * wk
+                # Compared in float32, as the torch twin packs it: rounding cannot part the two.
+                inverse = np.float32(bi * wi + bj * wj + bk * wk)
                 if inverse > nearest[row, column]:
                     nearest[row, column] = inverse
                     face_id[row, column] = f

@@ -6,7 +6,7 @@ eps(x_t, t) with t in [0, 1].
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,7 +18,9 @@ from sds3d.errors import PriorError
 from sds3d.interfaces import NoiseSchedule, Student, Told
 from sds3d.mathx.predict import eps_from_flow, eps_from_v, eps_from_x0
 from sds3d.ops.threads import map_slices
-from sds3d.priors.codec import Codec, PixelCodec
+from sds3d.priors.codec import Codec, PixelCodec, Settling
+from sds3d.priors.conditions import Conditions
+from sds3d.priors.lazy import LazyEncoder
 from sds3d.priors.text_coders import TextCoder
 from sds3d.rng import Stream
 
@@ -33,7 +35,7 @@ class Rows:
     t: Float[Tensor, " r"]  # our clock, float32
     text: Float[Tensor, "r m d"]  # packed, in the network's precision
     labels: Float[Tensor, "r k"] | None = None  # what a camera-conditioned network is told
-    image: Float[Tensor, "r m e"] | None = None  # image-prompt tokens
+    image: Float[Tensor, "r p e"] | None = None  # image prompts, opaque here
     control: Float[Tensor, "r q H W"] | None = None  # pictures that steer the layout (ControlNet)
 
     def __getitem__(self, part: slice) -> "Rows":
@@ -70,6 +72,9 @@ class PriorParts:
     side: int
     labels: Labels | None = None  # camera and background of all rows, for networks that are told them
     views_per_object: int = 1  # views that the network denoises jointly
+    conditions: Conditions = field(
+        default_factory=Conditions
+    )  # what it wants to be told besides text and camera
 
 
 class NetworkPrior:
@@ -83,8 +88,10 @@ class NetworkPrior:
         if next(module.parameters()).dtype != dtype:
             module.to(dtype)
         self.denoiser = parts.denoiser
+        self.fast: Denoiser | None = None  # the same network, compiled: for calls without autograd
+        self.notes: list[str] = []  # what the user should know and was not told yet
         self.schedule, self.prediction = parts.schedule, parts.prediction
-        self.views_per_object = parts.views_per_object
+        self.views_per_object, self.conditions = parts.views_per_object, parts.conditions
         self.shape = (parts.codec.channels, parts.side, parts.side)
         self.image_px = parts.side * parts.codec.factor
 
@@ -104,7 +111,15 @@ class NetworkPrior:
 
     def encode_text(self, prompts: Sequence[str]) -> Float[Tensor, "p n d"]:
         """Packed embeddings in float32; opaque outside the prior."""
+        for module in self.text.modules():
+            module.to(self.device)
         return self.text(prompts).float().to(self.device)
+
+    def release_text(self) -> None:
+        """Free the text encoders; `encode_text` reads them again if it is asked once more."""
+        for module in self.text.modules():
+            if isinstance(module, LazyEncoder):
+                module.release()
 
     def encode(self, rgb: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         """SRGB [0, 1] to x; resizes to `image_px` (bilinear, antialiased when shrinking)."""
@@ -123,7 +138,7 @@ class NetworkPrior:
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], *told: Told
     ) -> tuple[Float[Tensor, "b c h w"], ...]:
         """Noise predictions, one per bundle, from one network call of b * len(told) rows."""
-        return self.eps_of(self.denoiser, self.labels, x_t, t, *told)
+        return self.eps_of(self.fast or self.denoiser, self.labels, x_t, t, *told)
 
     def eps_of(
         self,
@@ -150,6 +165,12 @@ class NetworkPrior:
         a, s = self.schedule.alpha(t), self.schedule.sigma(t)
         return tuple(self._to_eps(part, x_t, a, s) for part in output.chunk(count))
 
+    def take_notes(self) -> list[str]:
+        """What the user was not told yet. Reads from the device whether the autoencoder's numbers were finite."""
+        told = self.codec.settle() if isinstance(self.codec, Settling) else None
+        notes, self.notes = [*self.notes, *([told] if told else [])], []
+        return notes
+
     def student(self, *, rank: int, lr: float, convolutions: bool, stream: Stream) -> Student:
         """A LoRA on this network, see `sds3d.priors.student`."""
         from sds3d.priors.student import LoraStudent
@@ -162,7 +183,8 @@ class NetworkPrior:
         Convolutions this small gain little from threads inside an operator, and an OpenMP team that waits for a
         busy core is many times slower than independent single-thread calls.
         """
-        if self.device.type != "cpu" or torch.is_grad_enabled() or self.views_per_object > 1:
+        whole = self.device.type != "cpu" or torch.is_grad_enabled() or self.views_per_object > 1
+        if whole or denoiser is self.fast:  # a compiled network wants one shape
             return denoiser(rows)
         # Grad mode is a thread's own.
         return torch.cat(map_slices(torch.no_grad()(lambda part: denoiser(rows[part])), len(rows.x)))

@@ -1,15 +1,17 @@
 """Prompts become embeddings once, and conditions per batch of cameras."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sds3d.config.option import option
 from sds3d.interfaces import Cameras, Condition, Prior, Shading
+from sds3d.priors.conditions import conditions_of
+from sds3d.transfer import upload
 
 VIEW_WORDS = ("front view", "side view", "back view", "overhead view")
 FRONT, SIDE, BACK, OVERHEAD = range(4)
@@ -32,39 +34,63 @@ def signed_azimuth(azimuth_deg: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     return (azimuth_deg + 180.0) % 360.0 - 180.0
 
 
-def view_index(cameras: Cameras, config: PromptingConfig) -> Tensor:
+def view_index(cameras: Cameras, config: PromptingConfig) -> Int[Tensor, " b"]:
     """Index into VIEW_WORDS per view: overhead above `overhead_deg`, else front, back or side by azimuth."""
     off_front = signed_azimuth(cameras.azimuth_deg).abs()
     index = torch.full_like(off_front, SIDE, dtype=torch.long)
-    index[off_front < config.front_deg] = FRONT
-    index[off_front > 180.0 - config.back_deg] = BACK
-    index[cameras.elevation_deg > config.overhead_deg] = OVERHEAD
-    return index
+    index = torch.where(off_front < config.front_deg, FRONT, index)
+    index = torch.where(off_front > 180.0 - config.back_deg, BACK, index)
+    return torch.where(cameras.elevation_deg > config.overhead_deg, OVERHEAD, index)
 
 
-def _decay(a: float, b: float, c: float, r: float) -> float:
+@dataclass(frozen=True, kw_only=True)
+class PerpNegMix:
+    """Which view words each view is shown, and which it is kept from; indices into VIEW_WORDS."""
+
+    first: Int[Tensor, " b"]  # the positive prompt is share * first + (1 - share) * second
+    second: Int[Tensor, " b"]
+    share: Float[Tensor, " b"]
+    negatives: Int[Tensor, "b 2"]
+    weights: Float[Tensor, "b 2"]
+
+
+def _decay(a: float, b: float, c: float, r: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     """-(a exp(-b r) + c), the weight of a negative at interpolation ratio r."""
-    return -(a * math.exp(-b * r) + c)
+    return -(a * torch.exp(-b * r) + c)
 
 
-def perp_neg_mix(
-    azimuth_deg: float,
-) -> tuple[tuple[int, int, float], tuple[tuple[int, float], tuple[int, float]]]:
-    """Perp-Neg at one azimuth: ((view_a, view_b, share of a), ((negative view, weight), (negative view, weight))).
+def perp_neg_mix(azimuth_deg: Float[Tensor, " b"], overhead: Bool[Tensor, " b"]) -> PerpNegMix:
+    """Perp-Neg per view.
 
     The positive prompt blends front and side (|azimuth| < 90) or side and back; weights are negative and vary
-    smoothly, so no view word switches abruptly.
+    smoothly, so no view word switches abruptly. Overhead views are shown their own word alone.
     Source: Armandpour et al. 2023 (arXiv:2304.04968), section 4.2, with the constants in common use.
     """
-    phi = abs(float(signed_azimuth(torch.tensor([azimuth_deg]))))
-    if phi < 90.0:
-        r = 1.0 - phi / 90.0
-        return (FRONT, SIDE, r), (
-            (FRONT, _decay(4.0, 0.5, -2.426, r)),
-            (SIDE, _decay(4.0, 0.5, -2.426, 1.0 - r)),
-        )
-    r = 2.0 - phi / 90.0
-    return (SIDE, BACK, r), ((SIDE, _decay(1.0, 0.5, -0.606, r)), (FRONT, _decay(1.0, 0.5, 0.967, r)))
+    phi = signed_azimuth(azimuth_deg).abs()
+    ahead = phi < 90.0
+    r = torch.where(ahead, 1.0, 2.0) - phi / 90.0
+    side = torch.full_like(phi, SIDE, dtype=torch.long)
+    front_or_side = torch.where(ahead, FRONT, side)
+    side_or_front = torch.where(ahead, side, FRONT)
+    first_weight = torch.where(ahead, _decay(4.0, 0.5, -2.426, r), _decay(1.0, 0.5, -0.606, r))
+    second_weight = torch.where(ahead, _decay(4.0, 0.5, -2.426, 1.0 - r), _decay(1.0, 0.5, 0.967, r))
+    weights = torch.stack([first_weight, second_weight], dim=1)
+    return PerpNegMix(
+        first=torch.where(overhead, OVERHEAD, front_or_side),
+        second=torch.where(overhead, OVERHEAD, torch.where(ahead, side, BACK)),
+        share=torch.where(overhead, 1.0, r),
+        negatives=torch.stack([front_or_side, side_or_front], dim=1),
+        weights=torch.where(overhead[:, None], 0.0, weights),
+    )
+
+
+@runtime_checkable
+class ReleasesText(Protocol):
+    """A prior whose text encoders can be let go once all prompts are embedded."""
+
+    def release_text(self) -> None:
+        """Free them."""
+        ...
 
 
 class TextBank:
@@ -80,7 +106,7 @@ class TextBank:
     ) -> None:
         """`extra` are the prompts that a rule asks for, see `Rule.prompts`."""
         self.config = config
-        self.device, self.prompt = prior.device, prompt
+        self.device, self.prompt, self.conditions = prior.device, prompt, conditions_of(prior)
         templates = {"": "{prompt}", **(extra or {})}
         words = [f", {word}" for word in VIEW_WORDS] if config.view_dependent else [""]
         prompts = ["", negative, prompt]
@@ -89,19 +115,28 @@ class TextBank:
             # A prompt that is empty stays empty: it stands for "no text", whatever the view.
             prompts += [filled + word if filled else "" for word in words]
         embedded = prior.encode_text(prompts).to(prior.device)
+        if isinstance(prior, ReleasesText):
+            prior.release_text()
         self.null, self.plain = embedded[0], embedded[2]
         self.negative = embedded[1] if negative.strip() else None
         self.sets = dict(zip(templates, embedded[3:].split(len(words)), strict=True))
         self.views = self.sets[""]
 
     def for_views(
-        self, cameras: Cameras, shading: Shading, source: Float[Tensor, "b c h w"] | None = None
+        self,
+        cameras: Cameras,
+        shading: Shading,
+        source: Float[Tensor, "b c h w"] | None = None,
+        control: Float[Tensor, "b q H W"] | None = None,
     ) -> Condition:
-        """What the prior is told about these views; `source` is x of the asset that is edited."""
+        """What the prior is told about these views.
+
+        `source` is x of the asset that is edited, `control` the pictures for control networks.
+        """
         count = len(cameras)
         which = torch.zeros(count, dtype=torch.long, device=self.device)
         if self.config.view_dependent:
-            which = view_index(cameras, self.config).to(self.device)
+            which = upload(view_index(cameras, self.config), self.device)
         cond = Condition(
             text=self.views[which],
             null=self.null.expand(count, -1, -1),
@@ -112,7 +147,12 @@ class TextBank:
             cameras=cameras if self.config.camera_condition else None,
             background=shading.background,
             source=source,
+            control=control,
+            camera_always=self.conditions.camera_always,
         )
+        if self.conditions.image is not None:
+            image, no_image = self.conditions.image.told(cameras)
+            cond = replace(cond, image=image, no_image=no_image)
         if self.config.perp_neg and self.config.view_dependent:
             text, negatives, weights = self._perp_neg(cameras)
             cond = replace(cond, text=text, negatives=negatives, negative_weights=weights)
@@ -122,15 +162,8 @@ class TextBank:
         self, cameras: Cameras
     ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b 2 n d"], Float[Tensor, "b 2"]]:
         """Blended positives, negatives and weights, each indexed by view first: no interleaving to get wrong."""
-        text, negatives, weights = [], [], []
-        for azimuth, elevation in zip(
-            cameras.azimuth_deg.tolist(), cameras.elevation_deg.tolist(), strict=True
-        ):
-            if elevation > self.config.overhead_deg:
-                (a, b, share), pairs = (OVERHEAD, OVERHEAD, 1.0), ((FRONT, 0.0), (SIDE, 0.0))
-            else:
-                (a, b, share), pairs = perp_neg_mix(azimuth)
-            text.append(share * self.views[a] + (1.0 - share) * self.views[b])
-            negatives.append(torch.stack([self.views[view] for view, _ in pairs]))
-            weights.append([w for _, w in pairs])
-        return torch.stack(text), torch.stack(negatives), torch.tensor(weights, device=self.device)
+        cameras = cameras.to(self.device)
+        mix = perp_neg_mix(cameras.azimuth_deg, cameras.elevation_deg > self.config.overhead_deg)
+        share = mix.share[:, None, None]
+        text = share * self.views[mix.first] + (1.0 - share) * self.views[mix.second]
+        return text, self.views[mix.negatives], mix.weights

@@ -1,6 +1,7 @@
-"""Words that a closed-vocabulary prior does not know."""
+"""Words that a closed-vocabulary prior does not know, and learned words that stand for several tokens."""
 
 import difflib
+import re
 from collections.abc import Sequence
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -24,3 +25,18 @@ def unknown_word_warnings(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[
             hint = f"closest known words: {', '.join(close)}" if close else "no similar word is known"
             messages.append(f"the prior does not know the word {word!r} and will ignore it; {hint}")
     return messages
+
+
+def spelled_out(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The prompt with every learned word of several vectors as all its tokens: "<cat>" to "<cat> <cat>_1 <cat>_2"."""
+    added = tokenizer.get_added_vocab()
+    for word in added:
+        if f"{word}_1" not in added:
+            continue
+        tokens = [word]
+        while f"{word}_{len(tokens)}" in added:
+            tokens.append(f"{word}_{len(tokens)}")
+        spelled = " ".join(tokens)
+        literal = spelled.replace("\\", r"\\")  # no escapes of the pattern language
+        prompt = re.sub(re.escape(word) + r"(?!_\d)", literal, prompt)
+    return prompt

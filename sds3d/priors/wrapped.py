@@ -6,6 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sds3d.interfaces import Prior
+from sds3d.priors.conditions import conditions_of
+from sds3d.priors.text import ReleasesText
 
 
 class WrappedPrior:
@@ -14,10 +16,16 @@ class WrappedPrior:
     def __init__(self, inner: Prior) -> None:
         self.inner = inner
         self.device, self.shape, self.image_px = inner.device, inner.shape, inner.image_px
+        self.conditions = conditions_of(inner)
 
     def encode_text(self, prompts: Sequence[str]) -> Float[Tensor, "p n d"]:
         """As the wrapped prior does."""
         return self.inner.encode_text(prompts)
+
+    def release_text(self) -> None:
+        """As the wrapped prior does, where it can."""
+        if isinstance(self.inner, ReleasesText):
+            self.inner.release_text()
 
     def warnings(self, prompts: Sequence[str]) -> list[str]:
         """As the wrapped prior does."""

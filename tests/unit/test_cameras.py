@@ -7,6 +7,7 @@ from sds3d.cameras.light import ShadingConfig, ShadingLaw
 from sds3d.cameras.orbit import orbit_cameras, turntable_cameras
 from sds3d.cameras.sample import CameraConfig, CameraLaw
 from sds3d.config.ramp import Ramp
+from sds3d.errors import ConfigError
 from sds3d.interfaces import Shading
 from sds3d.moment import Moment
 from sds3d.priors.analytic import AnalyticPrior, Mixture
@@ -97,6 +98,39 @@ def test_camera_ranges_and_overhead_share() -> None:
     assert ((cameras.radius >= 3.1) & (cameras.radius <= 3.5)).all()
 
 
+def test_views_of_an_object_are_evenly_spaced_and_share_the_rest() -> None:
+    law = CameraLaw(CameraConfig(batch=12, views_per_object=4, fov_deg=(30.0, 60.0), overhead_frac=0.5))
+    cameras = law.sample(NOW, Stream(0, "camera"))
+    azimuth = cameras.azimuth_deg.unflatten(0, (3, 4))
+    torch.testing.assert_close(azimuth.diff(dim=1) % 360.0, torch.full((3, 3), 90.0), rtol=0, atol=1e-3)
+    assert len({round(float(first) % 90.0, 3) for first in azimuth[:, 0]}) == 3
+    assert ((azimuth >= 0.0) & (azimuth < 360.0)).all()
+    for shared in (cameras.elevation_deg, cameras.radius, cameras.fov_deg):
+        objects = shared.unflatten(0, (3, 4))
+        assert (objects == objects[:, :1]).all()
+        assert objects[:, 0].unique().numel() == 3
+    torch.testing.assert_close(
+        cameras.c2w[:, :3, 3].norm(dim=1), cameras.radius, rtol=1e-5, atol=1e-5
+    )  # the matrices belong to these numbers
+
+
+def test_groups_of_views_start_at_every_azimuth_over_the_steps() -> None:
+    law = CameraLaw(CameraConfig(batch=4, views_per_object=4))
+    first = torch.stack([law.sample(NOW, Stream(0, "camera", step)).azimuth_deg[0] for step in range(200)])
+    assert torch.histc(first, 4, 0.0, 360.0).min() > 30
+
+
+def test_widening_moves_the_first_view_of_an_object_only() -> None:
+    law = CameraLaw(CameraConfig(batch=4, views_per_object=4, widen=Ramp(start=0.0, end=1.0)))
+    first = law.sample(Moment(0, 100), Stream(0, "camera"))
+    torch.testing.assert_close(first.azimuth_deg, torch.tensor([0.0, 90.0, 180.0, 270.0]), rtol=0, atol=1e-4)
+
+
+def test_a_batch_of_no_whole_objects_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch: got 6, expected a multiple of views_per_object = 4"):
+        CameraConfig(batch=6, views_per_object=4)
+
+
 def test_progressive_widening_starts_at_the_front() -> None:
     law = CameraLaw(CameraConfig(batch=8, widen=Ramp(start=0.0, end=1.0)))
     first = law.sample(Moment(0, 100), Stream(0, "camera"))
@@ -174,7 +208,8 @@ def test_view_words_agree_with_the_captions_of_the_training_world(
     ],
 )
 def test_perp_neg_weights_at_known_azimuths(azimuth: float, expected) -> None:
-    _, pairs = perp_neg_mix(azimuth)
+    mix = perp_neg_mix(torch.tensor([azimuth]), torch.tensor([False]))
+    pairs = zip(mix.negatives[0].tolist(), mix.weights[0].tolist(), strict=True)
     for (view, weight), (known_view, known) in zip(pairs, expected, strict=True):
         assert view == known_view
         assert weight == pytest.approx(known, abs=2e-3)
@@ -182,8 +217,8 @@ def test_perp_neg_weights_at_known_azimuths(azimuth: float, expected) -> None:
 
 def test_perp_neg_positive_prompt_is_continuous() -> None:
     def share(azimuth: float) -> dict[int, float]:
-        (a, b, r), _ = perp_neg_mix(azimuth)
-        return {a: r, b: 1 - r}
+        mix = perp_neg_mix(torch.tensor([azimuth]), torch.tensor([False]))
+        return {int(mix.first): float(mix.share), int(mix.second): 1 - float(mix.share)}
 
     before, after = share(89.999), share(90.001)
     assert before[SIDE] == pytest.approx(after[SIDE], abs=1e-3)

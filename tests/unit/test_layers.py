@@ -13,23 +13,25 @@ PACKAGE = ROOT / "sds3d"
 
 # Lower layers first. A module may import its own layer only where SIBLINGS says nothing against it.
 LAYERS: list[set[str]] = [
-    {"errors", "moment", "rng", "typing", "paths", "__init__"},
-    {"interfaces", "checkpoint"},
+    {"errors", "moment", "rng", "transfer", "room", "typing", "paths", "__init__"},
+    {"interfaces", "checkpoint", "slices", "parallel", "economy", "held"},
     {"mathx", "config"},
     {"ops"},
-    {"guidance", "scenes", "priors", "cameras", "mesh", "events", "optim", "rewards"},
-    {"guide"},
-    {"optimize", "asset"},
+    {"guidance", "scenes", "priors", "cameras", "mesh", "events", "optim", "rewards", "penalties"},
+    {"guide", "watch"},
+    {"optimize", "asset", "convert"},
     {"job"},
+    {"plan"},
     {"run_folder"},
-    {"run", "imaging"},
+    {"run", "imaging", "relight"},
+    {"staged"},
     {"bench"},
     {"doctor"},
     {"cli"},
     {"__main__"},
 ]
 SIBLINGS = {"guidance", "scenes", "priors", "cameras", "mesh", "events", "rewards"}
-ALLOWED_BETWEEN_SIBLINGS = {("scenes", "mesh.isosurface"), ("guidance", "rewards")}
+ALLOWED_BETWEEN_SIBLINGS = {("scenes", "mesh.isosurface"), ("scenes", "mesh.tets"), ("guidance", "rewards")}
 # toybox trains the shipped prior: a program of its own beside the package's layers.
 OUTSIDE = {"toybox"}
 # Its judge and its words also score what the package makes.

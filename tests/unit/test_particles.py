@@ -1,17 +1,24 @@
 """Particles: several scenes under one rule, one of them per step."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sds3d import checkpoint
 from sds3d.cameras.orbit import turntable_cameras
+from sds3d.config.load import override_layers
+from sds3d.errors import ConfigError
 from sds3d.interfaces import Render, Shading
+from sds3d.job import load_job
 from sds3d.moment import Moment
 from sds3d.optim import Optimizer, OptimizerConfig
 from sds3d.rng import Stream, Streams
+from sds3d.run import export, generate
 from sds3d.scenes import SCENES, Particles, build_scene, particles_of
+from sds3d.slices import Slice
 from tests.toys import CanvasScene
 
 CAMERAS, SHADING = turntable_cameras(2, 4), Shading()
@@ -93,3 +100,44 @@ def test_the_first_particle_is_the_scene_that_stands_alone(kind: str) -> None:
     assert all(torch.equal(value, state(first)[name]) for name, value in state(alone).items())
     if kind != "voxel":  # starts from a fixed blob; its particles part with the first views
         assert any(not torch.equal(value, state(second)[name]) for name, value in state(alone).items())
+
+
+def test_all_pieces_of_a_step_show_the_same_particle() -> None:
+    scene = canvases(5)
+    for step in range(20):
+        whole = Streams(0).stream("render", step)
+        picks = {scene.pick(part.stream(whole, per_view=16)) for part in Slice.whole(4).pieces(1, 1)}
+        assert picks == {scene.pick(whole)}
+
+
+def test_targets_and_edits_belong_to_one_scene() -> None:
+    two = override_layers(["particles=2", "prompt=a red mug"])
+    with pytest.raises(ConfigError, match=r"particles: got 2 with camera\.hold_steps = 3"):
+        load_job("default", two).config.validate()
+    with pytest.raises(ConfigError, match=r"particles: got 2, but edit\.run"):
+        load_job("toybox/sds", [*two, *override_layers(["edit.run=somewhere"])]).config.validate()
+    load_job("toybox/vsd", two).config.validate()
+
+
+def test_a_run_of_particles_exports_every_one_and_resumes(tmp_path: Path) -> None:
+    words = [
+        "particles=2",
+        "prompt=a red mug",
+        "steps=4",
+        "preview.turntable_frames=0",
+        "export.compare_views=0",
+    ]
+    words += [
+        "export.cells_per_side=16",
+        "export.texture_px=128",
+        "camera.batch=2",
+        "checkpoint.every_steps=2",
+    ]
+    job = load_job("toybox/vsd", override_layers(words)).config
+    result = generate(job, tmp_path / "run")
+    assert result.files["glb"].is_file()
+    assert result.files["particle_1_glb"] == tmp_path / "run" / "particle_1" / "asset.glb"
+    saved = checkpoint.load(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1])
+    assert {name.split(".")[2] for name in saved.tensors if name.startswith("scene.scenes.")} == {"0", "1"}
+    again = export(tmp_path / "run", ["stl"])
+    assert again.files["particle_1_stl"].is_file()
