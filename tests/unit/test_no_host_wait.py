@@ -1,17 +1,20 @@
 """Between reports a step never waits for the device, except where this file says so."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 from sds3d.cameras.light import ShadingLaw
+from sds3d.cameras.orbit import turntable_cameras
 from sds3d.cameras.sample import CameraLaw
 from sds3d.config.load import override_layers
+from sds3d.interfaces import Told
 from sds3d.job import JobConfig, load_job
 from sds3d.optim import Optimizer
 from sds3d.optimize import Loop, Parts, PenaltyConfig, build_guide
-from sds3d.priors import PriorConfig
+from sds3d.priors import PriorConfig, open_prior
 from sds3d.priors.blank import blank_prior
 from tests.host_reads import DeviceTensors, device_tensors
 from tests.toys import CanvasScene
@@ -87,3 +90,26 @@ def test_rules_wait_only_where_declared(method: str, monkeypatch: pytest.MonkeyP
     assert {place.partition(":")[0] for place in found.waits} <= DECLARED, found.waits
     if method in ("sds", "csd", "nfsd", "vsd", "asd", "hifa", "rfds", "cds"):
         assert not found.waits
+
+
+@pytest.mark.parametrize(
+    "family", ["deepfloyd", "flux", "mvdream", "pixart", "sana", "sd3", "sdxl", "stable_diffusion"]
+)
+def test_no_family_waits(family: str, tmp_path: Path) -> None:
+    make = getattr(import_module(f"tests.tiny.{family}"), f"make_{family}")
+    prior = open_prior(make(tmp_path / family), PriorConfig(dtype="float32"), CPU)
+    views = max(2, prior.views_per_object)
+    x, t = torch.rand(views, *prior.shape), torch.full((views,), 0.5)
+    rgb = torch.rand(views, 3, prior.image_px, prior.image_px, requires_grad=True)
+    cameras = turntable_cameras(views, 64) if prior.views_per_object > 1 else None
+    told = Told(text=prior.encode_text(["a red mug"] * views), cameras=cameras)
+    prior.eps(x, t, told)
+    modules = [prior.denoiser.module, *([] if prior.is_pixel else [prior.codec.vae])]
+    held = [part for module in modules for part in (*module.parameters(), *module.buffers())]
+    held += [value for value in vars(prior.schedule).values() if isinstance(value, torch.Tensor)]
+    held += [x, t, rgb, told.text, *([] if cameras is None else [cameras.c2w, cameras.azimuth_deg])]
+    with device_tensors(value.detach() for value in held) as found:
+        prior.eps(x, prior.schedule.snap(t), told, told)
+        prior.encode(rgb).sum().backward()
+    assert len(found.storages) > len(held)
+    assert not found.waits

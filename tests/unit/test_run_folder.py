@@ -123,7 +123,7 @@ def test_a_failed_run_keeps_its_checkpoint_and_says_why(
 
 
 def test_a_run_that_cannot_be_built_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(job: JobConfig, device: torch.device, source: object = None) -> None:
+    def build(job: JobConfig, device: torch.device, source: object = None, start: object = None) -> None:
         raise InputError("no such prior")
 
     monkeypatch.setattr(run_module, "build_loop", build)

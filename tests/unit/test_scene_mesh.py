@@ -243,7 +243,7 @@ def test_an_oracle_shapes_a_ball_into_an_ellipsoid(make) -> None:  # type: ignor
         turntable_cameras(3, 32, elevation_deg=40.0),
     )
     adam = torch.optim.Adam(
-        [{"params": list(g.params), "lr": g.lr * 3} for g in scene.groups()], betas=(0.9, 0.99)
+        [{"params": list(g.params), "lr": g.lr * 4} for g in scene.groups()], betas=(0.9, 0.99)
     )
     for step in range(40):
         shading = Shading(background=STREAM.fork("bg").at(step).uniform(6, 3))
