@@ -149,6 +149,35 @@ def export(
 
 
 @app.command()
+def relight(
+    asset: Annotated[Path, typer.Argument(metavar="ASSET", help="A .glb, .gltf, .obj, .ply or .stl file.")],
+    env: Annotated[
+        str, typer.Option(help="studio, sunset, noon, overcast, neon, or a lat-long file.")
+    ] = "studio",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures; beside the asset if left out.")
+    ] = None,
+    turning: Annotated[str, typer.Option(help="What goes round: object or light.")] = "object",
+    frames: Annotated[int, typer.Option(help="Frames of the video.")] = 48,
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 256,
+) -> None:
+    """Show an asset under another light: relit.mp4 and relit.png."""
+    from sds3d.relight import RelightConfig
+    from sds3d.relight import relight as run_relight
+
+    if turning not in ("object", "light"):
+        raise ConfigError(f"--turning: got {turning!r}, expected object or light")
+    config = RelightConfig(
+        environment=env,
+        turning="light" if turning == "light" else "object",
+        frames=frames,
+        size_px=size,
+    )
+    for path in run_relight(asset, out or asset.parent, config).values():
+        typer.echo(str(path))
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine: packages, device, threads, priors, video, disk. Exit status 0 if a run can work."""
     from sds3d.doctor import examine
