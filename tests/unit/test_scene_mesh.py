@@ -16,7 +16,7 @@ from sds3d.mesh.clean import measure
 from sds3d.ops.hashgrid import HashGridConfig
 from sds3d.penalties import PenaltyConfig
 from sds3d.rng import Stream
-from sds3d.scenes import SCENES, MeshScene, TetMeshScene, VoxelScene
+from sds3d.scenes import SCENES, MeshScene, TetMeshScene, VoxelScene, build_scene
 from sds3d.scenes.surface_view import vertex_normals
 from sds3d.scenes.tetmesh import ellipsoid_distance
 from sds3d.scenes.texture import TextureConfig
@@ -302,6 +302,7 @@ def test_a_conversion_that_does_not_fit_is_refused() -> None:
         mesh_from(mesh(), config=MeshScene.Config(half_extent_m=0.3))
 
 
-def test_scenes_from_a_config_alone_are_in_the_table() -> None:
+def test_the_tetrahedral_scene_is_built_from_a_config_alone() -> None:
+    scene = build_scene("tetmesh", SMALL, STREAM)
+    assert isinstance(scene, TetMeshScene)
     assert SCENES["tetmesh"] is TetMeshScene
-    assert "mesh" not in SCENES
