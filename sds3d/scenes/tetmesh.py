@@ -70,7 +70,7 @@ class TetMeshScene(Scene):
         )
         texture: TextureConfig = field(default_factory=TextureConfig)
         lr_sdf: float = option(
-            0.02, help="learning rate of the signed distances, in spacings of each level", ge=0.0
+            0.01, help="learning rate of the signed distances, in spacings of each level", ge=0.0
         )
         lr_offset: float = option(0.01, help="learning rate of the vertex offsets", ge=0.0)
         nvdiffrast: bool = option(False, help="find visible faces with nvdiffrast (CUDA, if installed)")

@@ -22,7 +22,12 @@ from tests.toys import CanvasScene
 CPU = torch.device("cpu")
 # Rules whose number of network calls depends on drawn times, and the one that is told scores.
 DECLARED = {"guidance/trajectory.py", "guidance/reward.py"}
-METHODS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "toybox").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "configs" / "toybox"
+QUICK = ("asd", "cds", "csd", "ism", "reward", "rfds", "sds", "vsd")
+METHODS = [
+    pytest.param(path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
+    for path in sorted(FOLDER.glob("*.yaml"))
+]
 
 
 @pytest.fixture(autouse=True)
