@@ -87,10 +87,10 @@ def test_editing_rules_start_from_a_picture(tmp_path: Path, capsys: pytest.Captu
 def test_rules_ask_before_anything_is_loaded() -> None:
     for words, message in (
         (["guidance=rfds"], "prior.as_flow"),
-        (["guidance=isd"], "image tokens"),
+        (["guidance=isd"], "prior.image_prompt"),
         (["guidance=dds"], "edit.run"),
     ):
-        job = load_job("default", override_layers(["prompt=a red mug", *words, "prior.name=/nowhere"])).config
+        job = load_job("default", override_layers(["prompt=a red mug", *words, "prior.name=sd15"])).config
         with pytest.raises(ConfigError, match=message):
             job.validate()
     with pytest.raises(InputError, match="picture"):
