@@ -113,7 +113,7 @@ def test_all_pieces_of_a_step_show_the_same_particle() -> None:
 def test_targets_and_edits_belong_to_one_scene() -> None:
     two = override_layers(["particles=2", "prompt=a red mug"])
     with pytest.raises(ConfigError, match=r"particles: got 2 with camera\.hold_steps = 3"):
-        load_job("default", two).config.validate()
+        load_job("default", [*two, *override_layers(["camera.hold_steps=3"])]).config.validate()
     with pytest.raises(ConfigError, match=r"particles: got 2, but edit\.run"):
         load_job("toybox/sds", [*two, *override_layers(["edit.run=somewhere"])]).config.validate()
     load_job("toybox/vsd", two).config.validate()
