@@ -73,8 +73,9 @@ class PipelineFolder:
     def load_network(self, name: str, cls: Any, dtype: torch.dtype) -> Any:
         """A diffusers network, frozen, from safetensors; the half-precision variant only for half precision."""
         variant = variant_of(self.path / name, half=dtype != torch.float32)
+        # low_cpu_mem_usage: without it diffusers reads all weights in float32 first, twice the memory of the model.
         network = self.load(
-            name, cls, low_cpu_mem_usage=False, use_safetensors=True, torch_dtype=dtype, variant=variant
+            name, cls, low_cpu_mem_usage=True, use_safetensors=True, torch_dtype=dtype, variant=variant
         )
         return network.eval().requires_grad_(False)
 
