@@ -30,6 +30,7 @@ from sds3d.interfaces import (
     attach_gradient,
 )
 from sds3d.moment import Moment
+from sds3d.ops.depth_normals import depth_normals
 from sds3d.optim import Optimizer, OptimizerConfig
 from sds3d.parallel import Team
 from sds3d.priors.control_pictures import control_pictures
@@ -145,8 +146,6 @@ class Guide:
             return None
         if "normal" in kinds and view.normal is None:
             # Scenes render normals only where shading needs them.
-            from sds3d.scenes.gaussians import depth_normals
-
             view = replace(view, normal=depth_normals(view.depth.detach(), view.alpha.detach(), cameras))
         return control_pictures(view, cameras, kinds)
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from sds3d.errors import ConfigError, InputError
+from sds3d.mathx.color import to_linear
 from sds3d.mesh.gltf import GENERATOR, GlbWriter, read_glb_chunks
 from sds3d.mesh.splat_cloud import SH_DC, GaussianCloud, flipped, written
 from sds3d.mesh.splat_ply import decode_ply, encode_ply
@@ -118,7 +119,7 @@ def encode_splat_glb(cloud: GaussianCloud, metadata: Metadata | None = None) -> 
     cloud = written(cloud)
     writer = GlbWriter()
     means = cloud.means.numpy().astype("<f4")
-    linear = torch.where(cloud.color <= 0.04045, cloud.color / 12.92, ((cloud.color + 0.055) / 1.055) ** 2.4)
+    linear = to_linear(cloud.color)
     fallback = torch.cat([linear, cloud.opacity[:, None]], dim=1).clamp(0.0, 1.0)
     xyzw = cloud.quats_wxyz[:, [1, 2, 3, 0]]
     attributes = {

@@ -14,7 +14,8 @@ from sds3d.interfaces import Cameras, Material, ParamGroup, Render, Scene, Shadi
 from sds3d.mathx import mesh_penalty, penalty
 from sds3d.ops.mesh_edges import MeshEdges, mesh_edges
 from sds3d.rng import Stream
-from sds3d.scenes.surface_view import Lazy, SurfaceView, render_surface
+from sds3d.scenes.lazy import Lazy
+from sds3d.scenes.surface_view import SurfaceView, render_surface
 from sds3d.scenes.texture import TextureConfig, TextureField
 
 _TEXTURE_REACH = 0.01  # of half_extent_m: how far apart colours are compared by tv_color

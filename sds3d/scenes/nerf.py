@@ -1,6 +1,6 @@
 """`NerfScene`: a density field rendered by ray marching through an occupancy grid."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,6 +16,7 @@ from sds3d.ops.occupancy import OccupancyGrid
 from sds3d.ops.volume import RaySamples, accumulate, camera_rays, composite_samples, sphere_interval
 from sds3d.rng import Stream
 from sds3d.scenes.hashgrid import HashGridField, HashGridFieldConfig, init_network
+from sds3d.scenes.lazy import Lazy
 from sds3d.scenes.shade import shade
 
 _NORMAL_WEIGHT = 1e-3  # samples that weigh less do not show in a pixel's normal
@@ -34,25 +35,6 @@ class _View:
     rng: Stream
     progress: float
     normals: tuple[Tensor, Tensor] | None  # (indices of the heavy samples, their unit normals)
-
-
-class _Penalties(Mapping[str, Tensor]):
-    """Penalties by name, each computed when it is first asked for and not otherwise."""
-
-    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
-        self._makers = makers
-        self._made: dict[str, Tensor] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._made:
-            self._made[name] = self._makers[name]()
-        return self._made[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
-
-    def __len__(self) -> int:
-        return len(self._makers)
 
 
 class NerfScene(Scene):
@@ -148,7 +130,7 @@ class NerfScene(Scene):
     def penalties(self, view: Render) -> Mapping[str, Float[Tensor, ""]]:
         """All of `penalty_names`; a value is computed only when it is looked up."""
         own = _of(view)
-        return _Penalties(
+        return Lazy(
             {
                 "opacity": lambda: penalty.opacity(view.alpha).mean(),
                 "entropy": lambda: penalty.binary_entropy(view.alpha).mean(),

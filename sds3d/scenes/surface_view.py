@@ -1,6 +1,6 @@
 """From triangles and a material function to a `Render`: what all mesh scenes share."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,25 +24,6 @@ class SurfaceView:
 
     render: Render
     points: Float[Tensor, "n 3"]  # visible surface points, without gradient
-
-
-class Lazy(Mapping[str, Tensor]):
-    """Values by name, each computed when it is first asked for and not otherwise."""
-
-    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
-        self._makers = makers
-        self._made: dict[str, Tensor] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._made:
-            self._made[name] = self._makers[name]()
-        return self._made[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
-
-    def __len__(self) -> int:
-        return len(self._makers)
 
 
 def render_surface(

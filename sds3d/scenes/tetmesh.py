@@ -16,7 +16,8 @@ from sds3d.mesh.tets import SAFE_OFFSET_CELLS, TetLattice, TetSurface, extract
 from sds3d.ops.mesh_edges import MeshEdges
 from sds3d.ops.signed_distance import lattice_distance
 from sds3d.rng import Stream
-from sds3d.scenes.surface_view import Lazy, SurfaceView, render_surface
+from sds3d.scenes.lazy import Lazy
+from sds3d.scenes.surface_view import SurfaceView, render_surface
 from sds3d.scenes.texture import TextureConfig, TextureField
 
 _TEXTURE_REACH_CELLS = 0.5  # how far apart colours are compared by tv_color

@@ -11,12 +11,13 @@ from sds3d.cameras.orbit import orbit_cameras, turntable_cameras
 from sds3d.errors import ConfigError, ExportError
 from sds3d.interfaces import Render, Shading, Surface
 from sds3d.moment import Moment
+from sds3d.ops.depth_normals import depth_normals
 from sds3d.ops.raster import rasterize_mesh
 from sds3d.optim import Optimizer, OptimizerConfig
 from sds3d.rng import Stream
 from sds3d.scenes.gaussian_adapt import MAX_COPIES, Rows, grow, relocate, split_mass
 from sds3d.scenes.gaussian_density import seen_share
-from sds3d.scenes.gaussians import PARAMETERS, GaussianScene, depth_normals
+from sds3d.scenes.gaussians import PARAMETERS, GaussianScene
 
 STREAM = Stream(3, "gaussians")
 CONFIG = GaussianScene.Config(count=300, cap=600, adapt_every_steps=5)
