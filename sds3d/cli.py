@@ -3,7 +3,6 @@
 Heavy imports stand inside the commands, so that help and mistakes answer at once.
 """
 
-import errno
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ import typer
 
 from sds3d import __version__
 from sds3d.config.load import config_names, find_config, is_override, override_layers, setting
-from sds3d.errors import ConfigError, Sds3dError
+from sds3d.errors import ConfigError, Sds3dError, explained
 
 if TYPE_CHECKING:
     from sds3d.run import RunResult, Stop
@@ -395,14 +394,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
-    except Sds3dError as error:
-        return _report(str(error), error.exit_code)
+    except (Sds3dError, OSError) as error:
+        known = explained(error)
+        if known is None:
+            raise
+        return _report(*known)
     except KeyboardInterrupt:
         return _report("aborted", 130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        return _report(f"{error.filename or 'a file'}: {error.strerror}", 2)
     except _usage_errors() as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help page, and no mistake
             typer.echo(error.format_message())

@@ -4,6 +4,10 @@ A message says where it happened, what was found, what was expected, and how to 
 prints the message without a traceback and leaves with `exit_code`.
 """
 
+import errno
+
+_REFUSED = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)  # what a disk may say to anyone
+
 
 class Sds3dError(Exception):
     """Base of all errors that sds3d raises on purpose; `exit_code` is the process exit status."""
@@ -53,3 +57,12 @@ class ExportError(Sds3dError):
     """The scene could not be turned into a mesh or file."""
 
     exit_code = 4
+
+
+def explained(error: BaseException) -> tuple[str, int] | None:
+    """(message for the user, exit status) of a failure that a user can cause or meet; None for a defect."""
+    if isinstance(error, Sds3dError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return f"{error.filename or 'a file'}: {error.strerror}", 2
+    return None

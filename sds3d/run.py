@@ -20,6 +20,7 @@ from sds3d import checkpoint
 from sds3d.asset import AssetReport, make_asset
 from sds3d.cameras.orbit import orbit_cameras
 from sds3d.config.dump import dump
+from sds3d.config.tree import Table
 from sds3d.economy import Economy, NoRoomError
 from sds3d.errors import CollapseError, ExportError, InputError, Sds3dError
 from sds3d.events.bus import (
@@ -53,6 +54,7 @@ from sds3d.run_folder import (
     last_checkpoint,
     new_manifest,
     open_run,
+    reexported,
     restored_scene,
     started_scene,
 )
@@ -199,9 +201,20 @@ def resume(folder: Path, *, listeners: Sequence[Emit] = (), stop: Stop | None = 
         return _drive(run, loop)
 
 
-def export(folder: Path, formats: Sequence[str] = (), *, listeners: Sequence[Emit] = ()) -> RunResult:
-    """Write the asset of a run's last checkpoint again, in other formats if given; loads no prior."""
+def export(
+    folder: Path,
+    formats: Sequence[str] = (),
+    *,
+    layers: Sequence[Table] = (),
+    listeners: Sequence[Emit] = (),
+) -> RunResult:
+    """Write the asset of a run's last checkpoint again, in other formats if given; loads no prior.
+
+    `layers` may change `export.*` settings, e.g. from `override_layers(["export.max_faces=20000"])`.
+    """
     job, manifest = open_run(folder)
+    if layers:
+        job = reexported(folder, job, layers)
     saved = last_checkpoint(folder, job)
     if saved is None:
         raise InputError(f"{folder}: holds no checkpoint to export; run: sds3d resume {folder}")

@@ -2,7 +2,9 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from sds3d import __version__, checkpoint
 from sds3d.config.load import file_layers, resolve
+from sds3d.config.tree import Table
 from sds3d.convert import converted
 from sds3d.errors import CheckpointError, ConfigError, InputError
 from sds3d.interfaces import Scene
@@ -32,6 +35,17 @@ def open_run(folder: Path) -> tuple[JobConfig, dict[str, Any]]:
     except ValueError as error:
         raise InputError(f"{path}: damaged ({error}); delete it and start the run again") from error
     return resolve(JobConfig, file_layers(folder / "config.yaml")).config, manifest
+
+
+def reexported(folder: Path, job: JobConfig, layers: Sequence[Table]) -> JobConfig:
+    """The job of a run folder with other export settings; ConfigError where `layers` change anything else."""
+    changed = resolve(JobConfig, [*file_layers(folder / "config.yaml"), *layers]).config
+    if replace(changed, export=job.export) != job:
+        raise ConfigError(
+            "export: only settings that begin with export. can change after a run, e.g. "
+            "export.max_faces=20000; start another run for others"
+        )
+    return changed
 
 
 def last_checkpoint(folder: Path, job: JobConfig) -> checkpoint.Checkpoint | None:

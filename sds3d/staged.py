@@ -161,15 +161,21 @@ def resume_any(folder: Path, *, listeners: Sequence[Emit] = (), stop: Stop | Non
     return _go_on(folder, manifest, listeners, stop or Stop())
 
 
-def export_any(folder: Path, formats: Sequence[str] = (), *, listeners: Sequence[Emit] = ()) -> RunResult:
+def export_any(
+    folder: Path,
+    formats: Sequence[str] = (),
+    *,
+    layers: Sequence[Table] = (),
+    listeners: Sequence[Emit] = (),
+) -> RunResult:
     """Write the asset of a run again, staged or not: that of the last stage with a checkpoint."""
     manifest = staged_manifest(folder)
     if manifest is None:
-        return export(folder, formats, listeners=listeners)
+        return export(folder, formats, layers=layers, listeners=listeners)
     begun = [entry for entry in manifest[KEY] if (folder / entry["folder"] / "checkpoints").is_dir()]
     if not begun:
         raise InputError(f"{folder}: holds no checkpoint to export; run: sds3d resume {folder}")
-    result = export(folder / begun[-1]["folder"], formats, listeners=listeners)
+    result = export(folder / begun[-1]["folder"], formats, layers=layers, listeners=listeners)
     return replace(result, folder=folder, files=_copied(folder, result.files))
 
 

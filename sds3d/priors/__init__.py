@@ -9,6 +9,7 @@ from sds3d.errors import PriorError
 from sds3d.interfaces import Need, Prior
 from sds3d.priors.catalog import PRIORS, PriorInfo
 from sds3d.priors.config import PriorConfig
+from sds3d.priors.shelf import kept
 
 if TYPE_CHECKING:
     from sds3d.priors.families import Family, LoadOptions
@@ -93,6 +94,10 @@ def load_prior(config: PriorConfig, device: torch.device) -> Prior:
     Raises:
         PriorError: unknown name, files that cannot be had, or a folder that is not a complete pipeline.
     """
+    return kept(f"{device} {config!r}", lambda: _load(config, device))
+
+
+def _load(config: PriorConfig, device: torch.device) -> Prior:
     from sds3d.mathx.schedule import FlowSchedule
     from sds3d.priors.flow_view import FlowView
     from sds3d.priors.hub import find_folder

@@ -25,6 +25,7 @@ LAYERS: list[set[str]] = [
     {"run_folder"},
     {"run", "imaging", "relight"},
     {"staged"},
+    {"workers"},
     {"bench"},
     {"doctor"},
     {"cli"},

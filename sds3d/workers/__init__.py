@@ -1,0 +1,1 @@
+"""Runs in a process of their own, one after another, with every prior loaded once. Used by batches and the UI."""
