@@ -81,6 +81,7 @@ class Guide:
         self._made: dict[int, list[Held]] = {}  # of this step's pieces so far
         for term in terms:
             _refuse_hold(term.rule, hold)
+            _refuse_latent(term, prior)
 
     def __call__(
         self,
@@ -103,48 +104,60 @@ class Guide:
         draw: Draw | None = None
         original: Render | None = None
         seen: dict[Sees, Tensor] = {}
+        shown: dict[Sees, Tensor] = {}
         loss = view.rgb.new_zeros(())
         aux: Tensor | None = None
         log: dict[str, float | Tensor] = {}
         for index, term in enumerate(self.terms):
-            if not term.acts(shared):
+            if not term.acts(shared) or (term.sees == "shaded" and not shading.is_lit):
                 continue
             if term.sees not in seen:
-                seen[term.sees] = self.prior.encode(self.image(view, term.sees))
+                shown[term.sees] = self.image(view, term.sees)
+                seen[term.sees] = self.encoded(shown[term.sees], term.sees)
             x = seen[term.sees]
             if fresh or index not in self.held:
                 draw = self.draw(view, x, cameras, shared, part) if draw is None else draw
                 known = None
                 if source is not None:
                     original = source() if original is None else original
-                    known = self.prior.encode(self.image(original, term.sees)).detach()
+                    known = self.encoded(self.image(original, term.sees), term.sees).detach()
                 cond = self.bank.for_views(cameras, shading, known, self.control(view, cameras))
                 residual = term.rule.residual(x.detach(), for_term(draw, index), cond)
                 self._hold(index, residual, part)
             else:
                 residual = self.held[index].of(part).pull(x.detach())
-            loss = loss + term.weight.at(now) * self._attach(x, view, residual, now)
+            loss = loss + term.weight.at(now) * self._attach(x, shown[term.sees], residual, now)
             if residual.aux_loss is not None:
                 aux = residual.aux_loss if aux is None else aux + residual.aux_loss
             log |= {f"{name}{index or ''}": value for name, value in residual.log.items()}
         return Guidance(loss=loss, aux_loss=aux, log=log)
 
-    def image(self, view: Render, sees: Sees) -> Float[Tensor, "b 3 H W"]:
-        """What the prior is shown of a render."""
-        if sees == "rgb":
-            return view.rgb if self.pixel_clip is None else clip_pixel_gradient(view.rgb, self.pixel_clip)
-        if view.normal is None:
-            raise ConfigError(
-                "guidance: a term sees normals, but this scene renders none; use sees: rgb or a nerf scene"
-            )
-        return view.alpha * (0.5 * view.normal + 0.5) + 0.5 * (1.0 - view.alpha)
+    def image(self, view: Render, sees: Sees) -> Float[Tensor, "b c H W"]:
+        """What the prior is shown of a render: a picture, or for `normal_latent` normals times alpha, and alpha."""
+        if sees in ("normal", "normal_latent"):
+            if view.normal is None:
+                raise ConfigError(f"guidance: a term sees {sees}, but this scene renders no normals")
+            if sees == "normal_latent":
+                return torch.cat([view.alpha * view.normal, view.alpha], 1)
+            return view.alpha * (0.5 * view.normal + 0.5) + 0.5 * (1.0 - view.alpha)
+        picture = view.albedo if sees == "albedo" else view.rgb
+        if picture is None:
+            raise ConfigError("guidance: a term sees albedo, but this scene renders none; use sees: rgb")
+        return picture if self.pixel_clip is None else clip_pixel_gradient(picture, self.pixel_clip)
+
+    def encoded(self, image: Float[Tensor, "b c H W"], sees: Sees) -> Float[Tensor, "b q h w"]:
+        """The picture as the prior's x. Normals as latents are only resized (Fantasia3D, arXiv:2303.13873)."""
+        if sees != "normal_latent":
+            return self.prior.encode(image)
+        size = self.prior.shape[1:]
+        return F.interpolate(image, size=size, mode="bilinear", antialias=image.shape[-1] > size[-1])
 
     def control(self, view: Render, cameras: Cameras) -> Float[Tensor, "b q H W"] | None:
         """The scene's own geometry as the prior's control networks see it, without gradient; None without them."""
         kinds = self.bank.conditions.controls
         if not kinds:
             return None
-        if "normal" in kinds and view.normal is None:
+        if not {"normal", "dreammat"}.isdisjoint(kinds) and view.normal is None:
             # Scenes render normals only where shading needs them.
             view = replace(view, normal=depth_normals(view.depth.detach(), view.alpha.detach(), cameras))
         return control_pictures(view, cameras, kinds)
@@ -189,6 +202,10 @@ class Guide:
 
         return undo
 
+    def forget(self) -> None:
+        """Drop held targets; the next step asks the rules anew."""
+        self.held = {}
+
     def settle(self, now: Moment, team: Team) -> None:
         """After all pieces of a step: hold their targets, and let the rules' own parameters take a step.
 
@@ -210,12 +227,12 @@ class Guide:
         limit = self.score_clamp.at(now)
         return grad.clamp(-limit, limit)
 
-    def _attach(self, x: Tensor, view: Render, residual: Residual, now: Moment) -> Float[Tensor, ""]:
+    def _attach(self, x: Tensor, shown: Tensor, residual: Residual, now: Moment) -> Float[Tensor, ""]:
         loss = attach_gradient(x, self.limited(residual.grad, now))
-        if residual.image_target is not None:
+        if residual.image_target is not None and shown.shape[1] == residual.image_target.shape[1]:
             size = residual.image_target.shape[-2:]
-            shrinks = view.rgb.shape[-1] > size[-1]
-            rgb = F.interpolate(view.rgb, size=size, mode="bilinear", antialias=shrinks)
+            shrinks = shown.shape[-1] > size[-1]
+            rgb = F.interpolate(shown, size=size, mode="bilinear", antialias=shrinks)
             away = residual.image_weight * (rgb.detach() - residual.image_target)
             loss = loss + attach_gradient(rgb, away)
         return loss
@@ -262,6 +279,14 @@ def for_term(draw: Draw, index: int) -> Draw:
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _refuse_latent(term: Term, prior: Prior) -> None:
+    if term.sees == "normal_latent" and prior.shape[0] != 4:
+        raise ConfigError(
+            f"guidance: sees: normal_latent needs a prior with latents of 4 channels, this one has {prior.shape[0]}; "
+            "use sees: normal"
+        )
 
 
 def _refuse_hold(rule: Rule, hold: int) -> None:

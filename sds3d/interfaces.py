@@ -60,7 +60,9 @@ class Cameras:
         return replace(self, intrinsics=intrinsics, width_px=size_px, height_px=size_px)
 
 
-ShadingMode = Literal["albedo", "textureless", "lambertian"]
+ShadingMode = Literal["albedo", "textureless", "lambertian", "pbr"]
+Buffer = Literal["albedo", "normal"]  # pictures that a render holds only where they are asked for
+KnownMaterial = tuple[float, float]  # metallic, roughness of a white surface
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,18 @@ class Shading:
     mode: ShadingMode = "albedo"
     background: Float[Tensor, "b 3"] | None = None  # sRGB; None = the scene's own background, else black
     light: Float[Tensor, "b 3"] | None = None  # unit vectors towards the light, world frame
-    ambient: float = 1.0  # shade = ambient + (1 - ambient) * max(0, n.l) for the lit modes
+    ambient: float = 1.0  # shade = ambient + (1 - ambient) * max(0, n.l) for textureless and lambertian
+    environment: str = ""  # pbr: a name of `ops/skies.py` or a lat-long file
+    turn_deg: Float[Tensor, " b"] | None = None  # pbr: how far the environment is turned about +y; None = not
+    intensity: float = 1.0  # pbr: factor on the environment
+    specular: float = 1.0  # pbr: factor on the reflection of non-metals
+    also: tuple[Buffer, ...] = ()  # what the render shall hold besides
+    known_materials: tuple[KnownMaterial, ...] = ()  # pbr: what `Render.light` shall show, in this order
+
+    @property
+    def is_lit(self) -> bool:
+        """Whether `rgb` shows the scene's own colours under a light."""
+        return self.mode in ("lambertian", "pbr")
 
     def to(self, device: torch.device | str) -> "Shading":
         """The same shading with its tensors on another device."""
@@ -85,8 +98,9 @@ class Render:
     alpha: Float[Tensor, "b 1 H W"]  # [0, 1]
     depth: Float[Tensor, "b 1 H W"]  # alpha-weighted metres along the camera z axis; 0 where alpha = 0
     normal: Float[Tensor, "b 3 H W"] | None = None  # world frame, unit length where alpha > 0
+    albedo: Float[Tensor, "b 3 H W"] | None = None  # `rgb` as it is without light, over the same background
     light: Float[Tensor, "b l H W"] | None = (
-        None  # how known light falls on it, [0, 1], for light control networks
+        None  # rgb of `Shading.known_materials` in the place of its own, sRGB over black; no gradient
     )
     private: object = None  # only the scene that made it may look inside
 
@@ -375,6 +389,9 @@ class Material:
     base_color: Float[Tensor, "n 3"]  # sRGB in [0, 1]
     metallic: Float[Tensor, "n 1"]
     roughness: Float[Tensor, "n 1"]
+    bump: Float[Tensor, "n 3"] | None = (
+        None  # world frame, added to the unit normal; its part along the normal means nothing
+    )
 
 
 @runtime_checkable
@@ -398,6 +415,7 @@ class Scene(nn.Module, ABC):
     needs_start: ClassVar[bool] = (
         False  # cannot begin from nothing: a run of it starts from another run's scene
     )
+    takes_environment: ClassVar[bool] = False  # renders shading mode "pbr"
 
     @abstractmethod
     def render(self, cameras: Cameras, shading: Shading, rng: Stream, *, progress: float = 1.0) -> Render:

@@ -1,6 +1,6 @@
 """Several rules in one run: each term has its weight, its window of the run, and what of the render it sees."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,11 +8,12 @@ from sds3d.config.option import Chosen, kinds, option
 from sds3d.config.ramp import Ramp
 from sds3d.errors import ConfigError
 from sds3d.guidance.table import RULES
-from sds3d.interfaces import Need, Prior, Rule
+from sds3d.interfaces import Buffer, Need, Prior, Rule
 from sds3d.moment import Moment
 from sds3d.rng import Stream
 
-Sees = Literal["rgb", "normal"]
+Sees = Literal["rgb", "normal", "albedo", "shaded", "normal_latent"]
+_BUFFERS: Mapping[Sees, Buffer] = {"normal": "normal", "normal_latent": "normal", "albedo": "albedo"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,11 @@ class TermConfig:
     window: tuple[float, float] = option(
         (0.0, 1.0), help="part of the run in which it acts, from (inclusive) to (exclusive)", ge=0.0, le=1.0
     )
-    sees: Sees = option("rgb", help="which image of the scene the prior is shown")
+    sees: Sees = option(
+        "rgb",
+        help="what the prior is shown: rgb = as this step is lit, normal, albedo = without light, shaded = only steps "
+        "with light, normal_latent = normals and mask as 4-channel latents (Fantasia3D)",
+    )
 
 
 class Mix:
@@ -76,6 +81,11 @@ def build_terms(guidance: Chosen, prior: Prior, stream: Stream) -> tuple[Term, .
         )
         for index, term in enumerate(term_configs(guidance))
     )
+
+
+def buffers(terms: Sequence[Term]) -> tuple[Buffer, ...]:
+    """The pictures that renders must hold for these terms."""
+    return tuple(sorted({_BUFFERS[term.sees] for term in terms if term.sees in _BUFFERS}))
 
 
 def guidance_needs(guidance: Chosen) -> dict[Need, str]:

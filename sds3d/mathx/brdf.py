@@ -66,12 +66,23 @@ def split_sum(
     roughness: Float[Tensor, "n 1"], n_dot_v: Float[Tensor, "n 1"], f0: Float[Tensor, "n 3"]
 ) -> Float[Tensor, "n 3"]:
     """Reflectance of a white sky: f0 * scale + bias, differentiable in all arguments."""
-    table = split_sum_table().to(roughness)
+    table = _table_on(roughness.device, roughness.dtype)
     grid = torch.cat([n_dot_v, roughness], dim=1) * 2.0 - 1.0
     found = torch.nn.functional.grid_sample(
         table[None], grid[None, None], mode="bilinear", padding_mode="border", align_corners=False
     )[0, :, 0]
     return f0 * found[0][:, None] + found[1][:, None]
+
+
+def bent_normal(normal: Float[Tensor, "n 3"], bump: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
+    """The unit normal n + b - (b.n) n: only the part of the bump along the surface counts."""
+    along = bump - (bump * normal).sum(-1, keepdim=True) * normal
+    return torch.nn.functional.normalize(normal + along, dim=-1)
+
+
+@lru_cache(maxsize=8)
+def _table_on(device: torch.device, dtype: torch.dtype) -> Float[Tensor, "2 s s"]:
+    return split_sum_table().to(device, dtype)
 
 
 def _radical_inverse(count: int) -> Float[Tensor, " n"]:

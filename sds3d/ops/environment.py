@@ -17,6 +17,9 @@ from sds3d.mathx.color import to_linear, to_srgb
 
 LEVELS, ROWS = 6, 32  # roughness levels of the prefiltered light, and their rows
 PADDING = 1  # columns repeated across the seam
+_POLE = 1e-12  # squared distance from the y axis below which a direction has no azimuth
+
+Turn = float | Float[Tensor, " n"]  # degrees about +y: one for all points, or one each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class Environment:
         """The same light on another device."""
         return Environment(**{name: value.to(device) for name, value in vars(self).items()})
 
-    def diffuse(self, normal: Float[Tensor, "n 3"], turn_deg: float = 0.0) -> Float[Tensor, "n 3"]:
+    def diffuse(self, normal: Float[Tensor, "n 3"], turn_deg: Turn = 0.0) -> Float[Tensor, "n 3"]:
         """What a white matte surface with this normal sends back, linear."""
         grid = _coordinates(normal, turn_deg, self.irradiance.shape[-1])
         return F.grid_sample(self.irradiance, grid[None, None], padding_mode="border", align_corners=False)[
@@ -39,7 +42,7 @@ class Environment:
         ].T
 
     def reflection(
-        self, direction: Float[Tensor, "n 3"], roughness: Float[Tensor, "n 1"], turn_deg: float = 0.0
+        self, direction: Float[Tensor, "n 3"], roughness: Float[Tensor, "n 1"], turn_deg: Turn = 0.0
     ) -> Float[Tensor, "n 3"]:
         """Prefiltered light from a direction, linear; trilinear in direction and roughness."""
         flat = _coordinates(direction, turn_deg, self.specular.shape[-1])
@@ -86,25 +89,30 @@ def shade_pbr(
     to_eye: Float[Tensor, "n 3"],
     *,
     occlusion: Float[Tensor, "n 1"] | None = None,
-    turn_deg: float = 0.0,
+    turn_deg: Turn = 0.0,
+    intensity: float = 1.0,
+    specular: float = 1.0,
 ) -> Float[Tensor, "n 3"]:
     """SRGB in [0, 1] of surface points under image-based light (split sum); differentiable in everything.
 
-    `base_color` is sRGB, `normal` and `to_eye` are unit vectors; `turn_deg` turns the light about +y. Highlights
-    above white are compressed, not clipped, so that their gradient lives on.
+    `base_color` is sRGB, `normal` and `to_eye` are unit vectors; `turn_deg` turns the light about +y, `intensity`
+    scales it. `specular` scales the reflection of non-metals (0 = matte). Highlights above white are compressed, not
+    clipped, so that their gradient lives on.
     Source: Karis 2013; diffuse and specular parts as in the glTF 2.0 specification, appendix B.
     """
     albedo, f0 = base_reflectance(to_linear(base_color.clamp(0.0, 1.0)), metallic)
     n_dot_v = (normal * to_eye).sum(1, keepdim=True).clamp(1e-4, 1.0)
     reflected = F.normalize(2.0 * n_dot_v * normal - to_eye, dim=1)
     mirror = split_sum(roughness, n_dot_v, f0)
+    if specular != 1.0:
+        mirror = mirror * torch.lerp(torch.full_like(metallic, specular), torch.ones_like(metallic), metallic)
     # What is reflected at the surface does not reach the matte layer below it.
     matte = albedo * (1.0 - mirror)
     light = matte * environment.diffuse(normal, turn_deg)
     light = light + mirror * environment.reflection(reflected, roughness, turn_deg)
     if occlusion is not None:
         light = light * occlusion
-    return to_srgb(compress(light))
+    return to_srgb(compress(light * intensity))
 
 
 def compress(light: Float[Tensor, "*n 3"], knee: float = 0.8) -> Float[Tensor, "*n 3"]:
@@ -125,10 +133,13 @@ def lat_long_directions(rows: int) -> tuple[Float[Tensor, "n 3"], Float[Tensor, 
     return directions.reshape(-1, 3).float(), area.repeat_interleave(2 * rows).float()
 
 
-def _coordinates(direction: Tensor, turn_deg: float, width: int) -> Float[Tensor, "n 2"]:
+def _coordinates(direction: Tensor, turn_deg: Turn, width: int) -> Float[Tensor, "n 2"]:
     """Sampling coordinates in [-1, 1] of a padded map."""
     x, y, z = direction.unbind(-1)
-    azimuth = torch.atan2(x, z) - math.radians(turn_deg)
+    # Straight up or down there is no azimuth, and the slope of one would not be finite.
+    pole = x.square() + z.square() < _POLE
+    azimuth = torch.atan2(x.masked_fill(pole, 0.0), z.masked_fill(pole, 1.0))
+    azimuth = azimuth - (turn_deg if isinstance(turn_deg, Tensor) else float(turn_deg)) * (math.pi / 180.0)
     share = torch.remainder(azimuth / (2.0 * math.pi), 1.0)
     inner = width - 2 * PADDING
     u = (share * inner + PADDING) / width

@@ -74,12 +74,21 @@ def _neon(directions: Tensor) -> Tensor:
     )
 
 
+def _toybox(directions: Tensor) -> Tensor:
+    """How the toybox world is lit, as seen from its camera: one lamp high before the object in a bright even room.
+
+    Irradiance is about (a + s (1 + n.y) / 2 + d max(0, n.l))^2.2 with the world's mean weights a, s and d.
+    """
+    return (0.29 + 0.084 * directions[:, 1:2] + 27.0 * _glow(directions, 0.0, 47.0, 100.0)).expand(-1, 3)
+
+
 SKIES: dict[str, Callable[[Tensor], Tensor]] = {
     "studio": _studio,
     "sunset": _sunset,
     "noon": _noon,
     "overcast": _overcast,
     "neon": _neon,
+    "toybox": _toybox,
 }
 
 
@@ -92,6 +101,12 @@ def sky(name: str) -> Environment:
         )
     directions, _ = lat_long_directions(ROWS)
     return make_environment(SKIES[name](directions).reshape(ROWS, 2 * ROWS, 3))
+
+
+@lru_cache(maxsize=32)
+def environment_on(name_or_path: str, device: torch.device) -> Environment:
+    """`read_environment`, kept on a device; a file is read once in a process."""
+    return read_environment(name_or_path).to(device)
 
 
 def read_environment(name_or_path: str) -> Environment:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from sds3d.errors import PriorError
 from sds3d.priors.config import ControlConfig
+from sds3d.priors.control_pictures import CHANNELS
 from sds3d.priors.network import PriorParts, Rows
 from sds3d.priors.packing import Packing
 from sds3d.priors.unet import Clock, Further, UNetDenoiser
 
-PICTURE_CHANNELS = 3  # of depth and normal pictures
 _SAME = ("in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block")
 
 
@@ -135,10 +135,10 @@ def _load(config: ControlConfig, setting: str, unet: Any, dtype: torch.dtype) ->
                 f"{ours}); use one for this prior's family"
             )
     channels = int(network.config.conditioning_channels)
-    if config.kind != "light" and channels != PICTURE_CHANNELS:
+    if channels != CHANNELS[config.kind]:
         raise PriorError(
             f"{setting}: {config.path} reads pictures of {channels} channels, kind {config.kind} has "
-            f"{PICTURE_CHANNELS}; check `kind`"
+            f"{CHANNELS[config.kind]}; check `kind`"
         )
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 

@@ -1,16 +1,32 @@
-"""Pictures of a scene's geometry in the colours that public control networks were trained on."""
+"""Pictures of a scene's geometry, and of how light falls on it, as public control networks were trained on.
 
-from collections.abc import Callable, Sequence
+Sources of the light pictures: Deng et al. 2024, FlashTex, arXiv:2402.13251; Zhang et al. 2024, DreamMat,
+arXiv:2405.17176.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sds3d.errors import ConfigError
-from sds3d.interfaces import Cameras, Render
+from sds3d.interfaces import Cameras, KnownMaterial, Render
 from sds3d.priors.config import ControlKind
 
 OPAQUE = 0.5  # alpha from which on a pixel shows the object
+# White surfaces (metallic, roughness) that a kind shows under the light of the step, in the order of its channels.
+MATERIALS: Mapping[ControlKind, tuple[KnownMaterial, ...]] = {
+    "light": ((0.0, 1.0), (0.5, 0.5), (1.0, 0.0)),
+    "dreammat": ((0.0, 0.0), (0.0, 0.5), (0.0, 1.0), (1.0, 0.0), (1.0, 0.5), (1.0, 1.0)),
+}
+CHANNELS: Mapping[ControlKind, int] = {"depth": 3, "normal": 3, "light": 3, "dreammat": 22}
+
+
+def known_materials(kinds: Iterable[ControlKind]) -> tuple[KnownMaterial, ...]:
+    """What `Render.light` must show for these kinds; each material once."""
+    return tuple(dict.fromkeys(material for kind in kinds for material in MATERIALS.get(kind, ())))
 
 
 def control_pictures(
@@ -21,7 +37,11 @@ def control_pictures(
     Raises:
         ConfigError: the scene does not render what a kind shows.
     """
-    seen = {kind: PICTURES[kind](view, cameras) for kind in dict.fromkeys(kinds)}
+    shown = known_materials(kinds)
+    seen = {}
+    for kind in dict.fromkeys(kinds):
+        own = replace(view, light=_light_of(view, kind, shown)) if kind in MATERIALS else view
+        seen[kind] = PICTURES[kind](own, cameras)
     return torch.cat([seen[kind] for kind in kinds], dim=1).detach()
 
 
@@ -55,18 +75,32 @@ def normal_picture(view: Render, cameras: Cameras) -> Float[Tensor, "b 3 H W"]:
     return (view.alpha * colour + (1.0 - view.alpha) * toward).clamp(0.0, 1.0)
 
 
-def light_picture(view: Render, cameras: Cameras) -> Float[Tensor, "b l H W"]:
-    """The scene under its known light, as it renders that itself."""
-    if view.light is None:
+def light_picture(view: Render, cameras: Cameras) -> Float[Tensor, "b 3 H W"]:
+    """One grey picture per known material: matte, half and half, mirror."""
+    assert view.light is not None
+    return view.light.unflatten(1, (-1, 3)).mean(2)
+
+
+def dreammat_picture(view: Render, cameras: Cameras) -> Float[Tensor, "b 22 H W"]:
+    """Depth, normals, and six known materials in colour: non-metals then metals, each from smooth to rough."""
+    assert view.light is not None
+    return torch.cat([depth_picture(view, cameras)[:, :1], normal_picture(view, cameras), view.light], 1)
+
+
+def _light_of(view: Render, kind: ControlKind, shown: Sequence[KnownMaterial]) -> Float[Tensor, "b l H W"]:
+    """The channels of `Render.light` that hold the materials of a kind, in its order."""
+    if view.light is None or view.light.shape[1] != 3 * len(shown):
         raise ConfigError(
-            "prior.controls: kind light needs a scene that renders how light falls on it, and this one does "
-            "not; use kind depth or normal"
+            f"prior.controls: kind {kind} needs the scene under a known light; set shading.lit=1, "
+            "shading.light=environment and shading.textureless_frac=0 with a mesh or tetmesh scene, or use kind depth"
         )
-    return view.light.clamp(0.0, 1.0)
+    channels = [3 * shown.index(material) + rgb for material in MATERIALS[kind] for rgb in range(3)]
+    return view.light[:, channels].clamp(0.0, 1.0)
 
 
 PICTURES: dict[ControlKind, Callable[[Render, Cameras], Tensor]] = {
     "depth": depth_picture,
     "normal": normal_picture,
     "light": light_picture,
+    "dreammat": dreammat_picture,
 }

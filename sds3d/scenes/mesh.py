@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sds3d.config.option import option
-from sds3d.errors import ExportError
+from sds3d.errors import NoSurfaceError
 from sds3d.interfaces import Cameras, Material, ParamGroup, Render, Scene, Shading, Surface
 from sds3d.mathx import mesh_penalty, penalty
 from sds3d.ops.mesh_edges import MeshEdges, mesh_edges
 from sds3d.rng import Stream
+from sds3d.scenes.file_mesh import FileMesh
 from sds3d.scenes.lazy import Lazy
 from sds3d.scenes.surface_view import SurfaceView, render_surface
 from sds3d.scenes.texture import TextureConfig, TextureField
@@ -37,6 +38,7 @@ class MeshScene(Scene):
     """
 
     needs_start = True
+    takes_environment = True
 
     penalty_names = (
         "opacity",
@@ -58,9 +60,10 @@ class MeshScene(Scene):
         )
         nvdiffrast: bool = option(False, help="find visible faces with nvdiffrast (CUDA, if installed)")
 
-    def __init__(self, config: Config, surface: Surface, rng: Stream) -> None:
-        """A grey scene of this shape."""
+    def __init__(self, config: Config, surface: Surface, rng: Stream, file: FileMesh | None = None) -> None:
+        """A grey scene of this shape; with `file`, its asset keeps that file's mesh."""
         super().__init__()
+        self.file = file
         self.config = config
         self.texture = TextureField(config.texture, config.half_extent_m, rng.fork("texture"))
         self.given: Tensor
@@ -139,9 +142,9 @@ class MeshScene(Scene):
 
     @torch.no_grad()
     def surface(self, cells_per_side: int, *, iso_factor: float = 1.0) -> Surface:
-        """The mesh itself, whatever resolution is asked. Raises ExportError where it has no faces."""
+        """The mesh itself, whatever resolution is asked. Raises NoSurfaceError where it has no faces."""
         if len(self.faces) == 0:
-            raise ExportError("the scene is empty: its mesh has no faces")
+            raise NoSurfaceError("the scene is empty: its mesh has no faces")
         return Surface(vertices=self.vertices().cpu(), faces=self.faces.cpu())
 
     def material(self, points: Float[Tensor, "n 3"]) -> Material:
@@ -150,6 +153,8 @@ class MeshScene(Scene):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Take on the mesh of the state; the parameter stays the same object."""
+        if self.file is None and f"{prefix}file.faces" in state_dict:
+            self.file = FileMesh.waiting().to(self.given.device)
         for name in ("given", "faces", "offset"):
             stored, own = state_dict.get(prefix + name), getattr(self, name)
             if stored is not None and stored.shape[1:] == own.shape[1:] and len(stored) != len(own):

@@ -94,16 +94,20 @@ class NerfScene(Scene):
         alpha, distance, color = accumulate(weights, layers, samples.ray, samples.rays).split([1, 1, 3], 1)
         depth = distance * cosine.reshape(-1, 1)
         normals, normal = None, None
-        if shading.mode != "albedo":
+        behind = (1 - alpha) * self._background(directions, shading, size)
+        albedo_rgb = rgb = color + behind
+        if shading.mode != "albedo" or "normal" in shading.also:
             normals, normal = self._normals(points, weights, samples, progress)
+        if shading.mode != "albedo":
+            assert normal is not None
             opaque = alpha.clamp_min(1e-4)
-            color = alpha * shade(color / opaque, normal, _per_pixel(shading, size))
-        rgb = color + (1 - alpha) * self._background(directions, shading, size)
+            rgb = alpha * shade(color / opaque, normal, _per_pixel(shading, size)) + behind
         return Render(
             rgb=_image(rgb, size),
             alpha=_image(alpha, size),
             depth=_image(depth, size),
             normal=None if normal is None else _image(normal, size),
+            albedo=_image(albedo_rgb, size),
             private=_View(samples, weights, points, toward, rng, progress, normals),
         )
 

@@ -16,6 +16,15 @@ def irradiance(
     return ambient + (1 - ambient) * (normal * light).sum(-1, keepdim=True).clamp_min(0)
 
 
+def lamp_of(shading: Shading) -> Float[Tensor, "*#n 3"]:
+    """The light directions of a lambertian or textureless shading. Raises ValueError where it has none."""
+    if shading.mode == "pbr":
+        raise ValueError("shading mode 'pbr' needs a scene with a material of its own: mesh or tetmesh")
+    if shading.light is None:
+        raise ValueError(f"shading mode {shading.mode!r} needs light directions, got light=None")
+    return shading.light
+
+
 def shade(
     albedo: Float[Tensor, "*n 3"], normal: Float[Tensor, "*n 3"], shading: Shading
 ) -> Float[Tensor, "*n 3"]:
@@ -27,7 +36,5 @@ def shade(
     """
     if shading.mode == "albedo":
         return albedo
-    if shading.light is None:
-        raise ValueError(f"shading mode {shading.mode!r} needs light directions, got light=None")
-    lit = irradiance(normal, shading.light, shading.ambient)
+    lit = irradiance(normal, lamp_of(shading), shading.ambient)
     return lit.expand_as(albedo) if shading.mode == "textureless" else albedo * lit

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sds3d.config.option import option
-from sds3d.errors import ConfigError, ExportError
+from sds3d.errors import ConfigError, NoSurfaceError
 from sds3d.interfaces import Cameras, Material, ParamGroup, Render, Scene, Shading, Surface
 from sds3d.mathx import mesh_penalty, penalty
 from sds3d.mesh.tets import SAFE_OFFSET_CELLS, TetLattice, TetSurface, extract
@@ -46,6 +46,7 @@ class TetMeshScene(Scene):
     Sources: Shen et al. 2021, DMTet, arXiv:2111.04276; Chen et al. 2023, Fantasia3D, arXiv:2303.13873.
     """
 
+    takes_environment = True
     penalty_names = (
         "opacity",
         "entropy",
@@ -191,11 +192,11 @@ class TetMeshScene(Scene):
     def surface(self, cells_per_side: int, *, iso_factor: float = 1.0) -> Surface:
         """The mesh as it is rendered: the lattice is the resolution and zero the iso value, whatever is asked.
 
-        Raises ExportError where no mesh is left.
+        Raises NoSurfaceError where no mesh is left.
         """
         mesh = extract(self.lattice, self.positions(), self.sdf())
         if len(mesh.faces) == 0:
-            raise ExportError("the scene is empty: its signed distances are positive everywhere")
+            raise NoSurfaceError("the scene is empty: its signed distances are positive everywhere")
         return Surface(vertices=mesh.vertices.cpu(), faces=mesh.faces.cpu())
 
     def material(self, points: Float[Tensor, "n 3"]) -> Material:

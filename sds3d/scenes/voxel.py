@@ -17,20 +17,30 @@ from sds3d.mesh.isosurface import auto_iso, marching_cubes
 from sds3d.ops.voxel import EMPTY_LOGIT, VoxelImage, march_voxels
 from sds3d.ops.voxel_grid import assemble_levels, grid_variation
 from sds3d.rng import Stream
-from sds3d.scenes.shade import irradiance
+from sds3d.scenes.shade import irradiance, lamp_of
 
 _DENSITY_GAIN, _COLOR_GAIN = 3.0, 2.0  # logits per unit of a raw parameter: Adam moves both at a useful pace
 _LOGIT_LIMIT = 6.0  # beyond, a voxel is empty or opaque whatever its logit, so its variation means nothing
 _INWARD_CELLS = (0.0, 0.5, 1.0)  # where the colour under a surface point is looked up
 _POINTS_PER_CHUNK = 1 << 18
+_HARD_STEP = 0.5  # factor on the step of evaluation renders where matter ends within less than a voxel
+
+
+@dataclass(frozen=True)
+class _View:
+    """What one render keeps for its penalties."""
+
+    grid: Tensor
+    hardness: float
 
 
 class VoxelScene(Scene):
     """Density and colour on a sum of voxel grids from coarse to fine, in a cube around the origin.
 
-    With h the sum of all levels, upsampled: density logit = blob + 3 h_0, colour = sigmoid(2 h_1..3). All levels
-    start at zero, so the scene starts as a grey blob. Sample positions are jittered in training mode and fixed in
-    evaluation mode. Lit modes shade each pixel once, by its mean normal.
+    With h the sum of all levels, upsampled: density logit = k (blob + 3 h_0), colour = sigmoid(2 h_1..3). All levels
+    start at zero, so the scene starts as a grey blob. The hardness k may grow during the run: no surface looks like a
+    field that ends softly. Sample positions are jittered in training mode and fixed in evaluation mode. Lit modes shade
+    each pixel once, by its mean normal.
     """
 
     penalty_names = ("opacity", "entropy", "tv_density", "tv_color")
@@ -50,6 +60,18 @@ class VoxelScene(Scene):
         blob_scale: float = option(10.0, help="slope of the first logits, per metre towards the centre")
         blob_radius_m: float = option(0.42, help="where the first logits cross zero", ge=0.0)
         blob_range: tuple[float, float] = option((-5.0, 3.0), help="clamp of the first logits")
+        hardness: float = option(
+            1.0,
+            help="factor on density logits at the end of the run: how sharply matter ends",
+            ge=1.0,
+            le=1000.0,
+        )
+        harden_frac: tuple[float, float] = option(
+            (0.3, 0.85),
+            help="part of the run in which it grows from 1, evenly in its logarithm",
+            ge=0.0,
+            le=1.0,
+        )
         lr: float = option(0.05, help="learning rate of the finest level", ge=0.0)
         lr_per_level: float = option(
             1.0, help="each coarser level learns faster by this factor", ge=0.1, le=10.0
@@ -62,6 +84,10 @@ class VoxelScene(Scene):
         if list(config.resolutions) != sorted(set(config.resolutions)) or not config.resolutions:
             raise ConfigError(
                 f"scene.resolutions: got {list(config.resolutions)}, expected rising numbers, e.g. [12, 24, 48]"
+            )
+        if config.harden_frac[0] >= config.harden_frac[1]:
+            raise ConfigError(
+                f"scene.harden_frac: got {list(config.harden_frac)}, expected rising numbers, e.g. [0.3, 0.85]"
             )
         self.config = config
         self.levels = nn.ParameterList(torch.zeros(1, 4, n, n, n) for n in config.resolutions)
@@ -76,19 +102,31 @@ class VoxelScene(Scene):
         """Distance between fine voxels."""
         return 2 * self.config.half_extent_m / (self.config.resolutions[-1] - 1)
 
-    def grid(self) -> Float[Tensor, "n n n 4"]:
+    def hardness(self, progress: float) -> float:
+        """The factor on density logits at this part of the run."""
+        first, last = self.config.harden_frac
+        way = min(max((progress - first) / (last - first), 0.0), 1.0)
+        return float(self.config.hardness**way)
+
+    def grid(self, *, progress: float = 1.0) -> Float[Tensor, "n n n 4"]:
         """Density logit and colour of every fine voxel, axes z, y, x, channel."""
+        hardness = self.hardness(progress)
         return assemble_levels(
-            list(self.levels), self.base, density_gain=_DENSITY_GAIN, color_gain=_COLOR_GAIN
+            list(self.levels),
+            self.base * hardness,
+            density_gain=_DENSITY_GAIN * hardness,
+            color_gain=_COLOR_GAIN,
         )
 
     def render(self, cameras: Cameras, shading: Shading, rng: Stream, *, progress: float = 1.0) -> Render:
         """Render b views; all randomness is one number per ray from `rng`.
 
-        Normals come with lit modes and in evaluation mode. Raises ValueError where a lit mode has no lights.
+        Normals come with lit modes, in evaluation mode and on request. Raises ValueError where a lit mode has no
+        lights.
         """
         size = (len(cameras), cameras.height_px, cameras.width_px)
-        grid = self.grid()
+        grid = self.grid(progress=progress)
+        finer = _HARD_STEP if self.config.hardness > 1.0 and not self.training else 1.0
         background = shading.background
         if background is None:
             background = grid.new_zeros(len(cameras), 3)
@@ -98,14 +136,17 @@ class VoxelScene(Scene):
             cameras,
             background,
             half_extent=self.config.half_extent_m,
-            step_m=self.config.step_voxels * self.cell_m,
+            step_m=finer * self.config.step_voxels * self.cell_m,
             density_scale=self.config.density_scale,
             jitter=jitter,
-            with_normals=shading.mode != "albedo" or not self.training,
+            with_normals=shading.mode != "albedo" or "normal" in shading.also or not self.training,
         )
         normal = None if image.normal is None else F.normalize(image.normal, dim=1, eps=1e-6)
         rgb = image.rgb if shading.mode == "albedo" else _lit(image, normal, shading, background)
-        return Render(rgb=rgb, alpha=image.alpha, depth=image.depth, normal=normal, private=grid)
+        own = _View(grid, self.hardness(progress))
+        return Render(
+            rgb=rgb, alpha=image.alpha, depth=image.depth, normal=normal, albedo=image.rgb, private=own
+        )
 
     def groups(self) -> Sequence[ParamGroup]:
         """One group per level."""
@@ -119,29 +160,34 @@ class VoxelScene(Scene):
         """Regularisers of one render.
 
         opacity: mean alpha. entropy: mean binary entropy of alpha (nats). tv_density: mean squared difference of
-        neighbouring logits, clamped to +- 6, summed over the axes. tv_color: the same of colours.
+        neighbouring logits before the hardness, clamped to +- 6, summed over the axes. tv_color: the same of colours.
         """
-        grid = view.private
-        if not isinstance(grid, Tensor):
+        own = view.private
+        if not isinstance(own, _View):
             raise TypeError("penalties() needs a Render made by this scene")
-        tv_density, tv_color = grid_variation(grid, _LOGIT_LIMIT)
+        tv_density, tv_color = grid_variation(own.grid, _LOGIT_LIMIT * own.hardness)
         return {
             "opacity": view.alpha.mean(),
             "entropy": penalty.binary_entropy(view.alpha).mean(),
-            "tv_density": tv_density,
+            "tv_density": tv_density / own.hardness**2,
             "tv_color": tv_color,
         }
 
     @torch.no_grad()
     def surface(self, cells_per_side: int, *, iso_factor: float = 1.0) -> Surface:
-        """Marching cubes on the trilinear density at an automatic iso (see `auto_iso`). Raises ExportError."""
+        """Marching cubes on the trilinear logit at the level of an automatic iso (see `auto_iso`). Raises ExportError.
+
+        The logit is what is linear between voxels; between densities that differ by orders of magnitude a straight line
+        puts the surface almost onto the outer voxel.
+        """
         logit = self.grid()[..., 0]
         size = (cells_per_side + 1,) * 3
         fine = F.interpolate(logit[None, None], size=size, mode="trilinear", align_corners=True)[0, 0]
-        density = self._density(fine).permute(2, 1, 0)  # x y z
+        fine = fine.permute(2, 1, 0)  # x y z
         half = self.config.half_extent_m
-        iso = iso_factor * auto_iso(density, 2 * half / cells_per_side)
-        return marching_cubes(density, iso, half)
+        iso = iso_factor * auto_iso(self._density(fine), 2 * half / cells_per_side)
+        level = self._logit(iso)
+        return marching_cubes(fine, level, half, outside=min(float(fine.min()), level) - 1.0)
 
     @torch.no_grad()
     def material(self, points: Float[Tensor, "n 3"]) -> Material:
@@ -154,6 +200,11 @@ class VoxelScene(Scene):
         base_color = torch.cat([points.new_zeros(0, 3).to(grid), *colors])
         one = torch.ones_like(base_color[:, :1])
         return Material(base_color=base_color, metallic=0 * one, roughness=self.config.roughness * one)
+
+    def _logit(self, density: float) -> float:
+        """The logit of a density (1/m) above zero."""
+        x = density / self.config.density_scale + math.log1p(math.exp(EMPTY_LOGIT))
+        return x + math.log(-math.expm1(-x))
 
     def _density(self, logit: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """1/m, as the renderer sees it."""
@@ -168,9 +219,8 @@ def _lit(
     background: Float[Tensor, "b 3"],
 ) -> Float[Tensor, "b 3 H W"]:
     """The image under a light: what is in front of the background, times the irradiance."""
-    if shading.light is None or normal is None:
-        raise ValueError(f"shading mode {shading.mode!r} needs light directions, got light=None")
-    toward = shading.light[:, None, None, :].to(normal)
+    assert normal is not None
+    toward = lamp_of(shading)[:, None, None, :].to(normal)
     white = irradiance(normal.permute(0, 2, 3, 1), toward, shading.ambient).permute(0, 3, 1, 2)
     behind = (1 - image.alpha) * background[:, :, None, None]
     # Colours are already weighted by alpha; without texture the surface is white instead.

@@ -15,7 +15,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from sds3d.cameras.light import ShadingConfig, ShadingLaw
 from sds3d.cameras.orbit import orbit_cameras
+from sds3d.config.ramp import Ramp
 from sds3d.errors import ConfigError, PriorError
 from sds3d.guidance import SDS
 from sds3d.guidance.noise import FreshNoise
@@ -27,11 +29,12 @@ from sds3d.mathx.cfg import cfg
 from sds3d.mathx.ode import ddim_step
 from sds3d.moment import Moment
 from sds3d.priors import PriorConfig, load_prior, open_prior
-from sds3d.priors.config import ControlConfig
-from sds3d.priors.control_pictures import control_pictures
+from sds3d.priors.config import ControlConfig, ControlKind
+from sds3d.priors.control_pictures import CHANNELS, control_pictures, known_materials
 from sds3d.priors.network import NetworkPrior
 from sds3d.priors.text import PromptingConfig, TextBank
 from sds3d.rng import Stream, Streams
+from sds3d.scenes import MeshScene
 from tests.tiny.adapters import make_controlnet
 from tests.tiny.checks import PROMPT, check_student, picture, randn
 from tests.tiny.sdxl import make_sdxl
@@ -46,7 +49,7 @@ PIPELINES = {"sd": StableDiffusionControlNetPipeline, "sdxl": StableDiffusionXLC
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models with two control networks each, and one for light with six channels."""
+    """Tiny models with two control networks each, two for light, and one that reads six channels."""
     where = tmp_path_factory.mktemp("control")
     for name, make in FOLDERS.items():
         make(where / name)
@@ -54,7 +57,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_controlnet(where / f"{name}_a", unet)
         make_controlnet(where / f"{name}_b", unet, seed=8)
         if name == "sd":
-            make_controlnet(where / "sd_light", unet, channels=6)
+            for kind, channels in (("six", 6), ("light", 3), ("dreammat", 22)):
+                make_controlnet(where / f"sd_{kind}", unet, channels=channels)
     return where
 
 
@@ -227,14 +231,26 @@ def test_normals_are_red_to_the_left_green_up_blue_to_the_camera() -> None:
 
 
 def test_light_is_the_scenes_own_or_refused() -> None:
+    """Seven materials serve both kinds: three in grey, six in colour behind depth and normals."""
     cameras = cameras_at(0.0)
     view = ball(cameras)
-    light = torch.rand(1, 6, 32, 32, generator=torch.Generator().manual_seed(0))
-    both = control_pictures(replace(view, light=light), cameras, ["light", "depth"])
-    assert both.shape == (1, 9, 32, 32)
-    assert torch.equal(both[:, :6], light)
-    with pytest.raises(ConfigError, match="kind light needs a scene that renders how light falls"):
-        control_pictures(view, cameras, ["light"])
+    shown = known_materials(["depth", "dreammat", "light"])
+    assert len(shown) == 7
+    light = torch.rand(1, 21, 32, 32, generator=torch.Generator().manual_seed(0))
+    lit = replace(view, light=light)
+    grey = control_pictures(lit, cameras, ["dreammat", "light", "depth"])
+    assert grey.shape == (1, 22 + 3 + 3, 32, 32)
+    by_material = {material: light[:, 3 * i : 3 * i + 3] for i, material in enumerate(shown)}
+    torch.testing.assert_close(grey[:, 22], by_material[0.0, 1.0].mean(1))
+    torch.testing.assert_close(grey[:, 23], by_material[0.5, 0.5].mean(1))
+    torch.testing.assert_close(grey[:, 24], by_material[1.0, 0.0].mean(1))
+    assert torch.equal(grey[:, 0], grey[:, 25])
+    assert torch.equal(grey[:, 1:4], control_pictures(view, cameras, ["normal"]))
+    assert torch.equal(grey[:, 4:7], by_material[0.0, 0.0])
+    assert torch.equal(grey[:, 19:22], by_material[1.0, 1.0])
+    for dark in (view, replace(view, light=light[:, :6])):
+        with pytest.raises(ConfigError, match="kind light needs the scene under a known light"):
+            control_pictures(dark, cameras, ["light"])
     with pytest.raises(ConfigError, match="kind normal needs the scene's normals"):
         control_pictures(replace(view, normal=None), cameras, ["normal"])
 
@@ -249,9 +265,8 @@ class Recorded(SDS):
         return super().residual(x, draw, cond)
 
 
-@pytest.mark.parametrize("normals", [True, False])
-def test_the_guide_shows_the_scenes_geometry_without_gradient(files: Path, normals: bool) -> None:
-    prior = opened(files, ("sd_a", "normal", 1.0), ("sd_b", "depth", 1.0))
+def recording_guide(prior: NetworkPrior) -> tuple[Guide, Recorded]:
+    """A guide with one rule that keeps what it was told."""
     rule = Recorded(SDS.Config(), prior)
     guide = Guide(
         prior=prior,
@@ -261,6 +276,42 @@ def test_the_guide_shows_the_scenes_geometry_without_gradient(files: Path, norma
         noise=FreshNoise(FreshNoise.Config()),
         streams=Streams(0),
     )
+    return guide, rule
+
+
+@pytest.mark.parametrize("kind", ["light", "dreammat"])
+def test_a_mesh_under_an_environment_tells_the_network_how_it_is_lit(files: Path, kind: ControlKind) -> None:
+    """The same light for the picture and for the network: turned light, other pictures, other answers."""
+    prior = opened(files, (f"sd_{kind}", kind, 1.0))
+    guide, rule = recording_guide(prior)
+    config = ShadingConfig(lit=Ramp.constant(1.0), textureless_frac=0.0, light="environment")
+    law = ShadingLaw(config, known_materials=known_materials([kind]))
+    scene = MeshScene.waiting(MeshScene.Config(), Stream(0, "control"))
+    cameras = cameras_at(0.0, 90.0)
+    shading = law.sample(Moment(0, 10), cameras, Stream(0, "shading"))
+    told, answers = [], []
+    x, t = randn(2, *prior.shape), torch.tensor([0.5, 0.5])
+    for turn in (0.0, 0.0, 140.0):
+        assert shading.turn_deg is not None
+        turned = replace(shading, turn_deg=shading.turn_deg + turn)
+        view = scene.render(cameras, turned, Stream(0, "render"))
+        guide(view, cameras, turned, Moment(0, 10), Moment(0, 10)).loss.backward()
+        assert rule.seen is not None
+        assert rule.seen.control is not None
+        told.append(rule.seen.control)
+        answers.append(prior.eps(x, t, Told(text=rule.seen.text, control=told[-1]))[0])
+    assert told[0].shape[1] == CHANNELS[kind]
+    assert torch.equal(told[0], told[1])
+    assert (told[2] - told[0]).abs().max() > 0.05
+    assert (answers[2] - answers[0]).abs().max() > 1e-4
+    assert scene.texture.encoding.table.grad is not None
+    assert not told[0].requires_grad
+
+
+@pytest.mark.parametrize("normals", [True, False])
+def test_the_guide_shows_the_scenes_geometry_without_gradient(files: Path, normals: bool) -> None:
+    prior = opened(files, ("sd_a", "normal", 1.0), ("sd_b", "depth", 1.0))
+    guide, rule = recording_guide(prior)
     cameras = cameras_at(0.0, 90.0)
     whole = ball(cameras)
     view = replace(whole, normal=whole.normal if normals else None)
@@ -286,7 +337,8 @@ def test_what_does_not_fit_is_refused(files: Path, tmp_path: Path) -> None:
     for name, kind, match in (
         ("nowhere", "depth", r"controls\[0\]\.path: no config\.json in .*nowhere"),
         ("sdxl_a", "depth", r"controls\[0\]\.path: .*made for another UNet \(cross_attention_dim: got 40"),
-        ("sd_light", "depth", "reads pictures of 6 channels, kind depth has 3"),
+        ("sd_six", "depth", "reads pictures of 6 channels, kind depth has 3"),
+        ("sd_light", "dreammat", "reads pictures of 3 channels, kind dreammat has 22"),
         ("sd", "depth", r"no config\.json"),
     ):
         with pytest.raises(PriorError, match=match):
@@ -296,8 +348,10 @@ def test_what_does_not_fit_is_refused(files: Path, tmp_path: Path) -> None:
     (broken / "config.json").write_text((files / "sd_a" / "config.json").read_text())
     with pytest.raises(PriorError, match="cannot be loaded as a ControlNetModel"):
         opened(files, (str(broken), "depth", 1.0))
-    light = opened(files, ("sd_light", "light", 1.0))
-    with pytest.raises(PriorError, match="pictures of 3 channels in all, the control networks expect 6"):
+    light = opened(files, ("sd_light", "light", 1.0), ("sd_a", "depth", 1.0))
+    with pytest.raises(
+        PriorError, match=r"pictures of 3 channels in all, the control networks expect 3 \+ 3"
+    ):
         light.eps(
             randn(1, *light.shape),
             torch.tensor([0.5]),
