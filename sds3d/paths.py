@@ -7,12 +7,17 @@ import os
 import re
 import tempfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 from sds3d.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 _PACKAGE = Path(__file__).resolve().parent
 _WINDOWS_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])", re.IGNORECASE)
@@ -40,6 +45,18 @@ def safe_slug(text: str, max_chars: int = 48) -> str:
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     slug = re.sub(r"[^a-z0-9]+", "-", ascii_text.lower()).strip("-")[:max_chars].strip("-") or "prompt"
     return f"{slug}-" if _WINDOWS_RESERVED.fullmatch(slug) else slug
+
+
+def inside_root(path: Path, roots: Sequence[Path]) -> Path:
+    """`path` with all links followed; raises InputError where it then lies in none of the `roots`."""
+    try:
+        real = path.expanduser().resolve()
+        if any(real.is_relative_to(root.expanduser().resolve()) for root in roots):
+            return real
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an unknown ~user, a zero byte
+        raise InputError(f"{str(path)!r}: not a usable path: {error}") from error
+    allowed = ", ".join(str(root) for root in roots) or "none"
+    raise InputError(f"{path}: outside the folders that may be used here ({allowed})")
 
 
 @contextmanager
@@ -86,6 +103,63 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
         temporary.write_bytes(data)
 
 
+LOCK_NAME = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside the block this process alone works in `folder`; the operating system ends the claim of a dead one.
+
+    Raises:
+        InputError: another process works there, or the folder cannot be written.
+    """
+    path = folder / LOCK_NAME
+    handle = _open_lock(path)
+    try:
+        while not _same_file(handle, path):  # the one before has just removed it
+            os.close(handle)
+            handle = _open_lock(path)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        if _same_file(handle, path):
+            with suppress(OSError):
+                path.unlink()
+        os.close(handle)
+
+
+def _open_lock(path: Path) -> int:
+    """The locked file; InputError where another process has locked it."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot write here: {error.strerror or error}") from error
+    if _try_lock(handle):
+        return handle
+    who = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+    os.close(handle)
+    raise InputError(f"{path.parent}: process {who} is working on this run; wait for it or stop it first")
+
+
+def _same_file(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _try_lock(handle: int) -> bool:
+    """Take the lock of an open file without waiting; True on systems that have none to offer."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def claim_folder(folder: Path) -> Path:
     """Create an empty folder for a new run; one that holds anything is refused and not touched."""
     try:
@@ -102,10 +176,10 @@ def claim_folder(folder: Path) -> Path:
     return folder
 
 
-def claim_run_folder(config_name: str, prompt: str) -> Path:
-    """A new folder `outputs/<config>/<prompt>@<time>`, numbered where that name is taken."""
+def claim_run_folder(config_name: str, prompt: str, root: Path | None = None) -> Path:
+    """A new folder `outputs/<config>/<prompt>@<time>`, numbered where that name is taken; `root` is for `outputs`."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    parent = Path("outputs") / safe_slug(Path(config_name).stem)
+    parent = (root or Path("outputs")) / safe_slug(Path(config_name).stem)
     name, count = f"{safe_slug(prompt)}@{stamp}", 1
     while (parent / (name if count == 1 else f"{name}-{count}")).exists():
         count += 1

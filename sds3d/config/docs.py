@@ -23,8 +23,14 @@ def reference(schema: Any) -> str:
     return "\n".join(sections)
 
 
-def _section(cls: Any, path: str, title: str, sections: list[str]) -> None:
+def field_help(cls: Any) -> dict[str, str]:
+    """The help text of every field of a settings class; empty where it has none."""
     comments = dict(_COMMENT.findall(_source(cls)))
+    return {spec.name: spec.metadata.get("help") or comments.get(spec.name, "") for spec in fields(cls)}
+
+
+def _section(cls: Any, path: str, title: str, sections: list[str]) -> None:
+    helps = field_help(cls)
     hints = get_type_hints(cls)
     rows: list[str] = []
     at = len(sections)
@@ -37,9 +43,8 @@ def _section(cls: Any, path: str, title: str, sections: list[str]) -> None:
             rows.append(f"| `{key}` | settings | see below | {spec.metadata.get('help', '')} |")
             _section(hint, key, f"`{key}`", sections)
         else:
-            note = spec.metadata.get("help") or comments.get(spec.name, "")
             kind = _type_text(hints[spec.name], spec.metadata)
-            rows.append(f"| `{key}` | {kind} | {_default_text(spec)} | {_cell(note)} |")
+            rows.append(f"| `{key}` | {kind} | {_default_text(spec)} | {_cell(helps[spec.name])} |")
     summary = (inspect.getdoc(cls) or "").split("\n")[0]
     summary = "" if summary.startswith(f"{cls.__name__}(") else summary
     head = ["| key | type | default | meaning |", "|---|---|---|---|"]

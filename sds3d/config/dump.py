@@ -38,9 +38,13 @@ def _plain_ramp(ramp: Ramp) -> Any:
 
 def dump(config: Any) -> str:
     """YAML with `schema: 1` that resolves to an equal config."""
-    plain = {"schema": SCHEMA, **to_plain(config)}
+    return dump_plain({"schema": SCHEMA, **to_plain(config)})
+
+
+def dump_plain(plain: Mapping[str, Any]) -> str:
+    """YAML of plain data; every text comes back as it was."""
     text: str = yaml.dump(
-        plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None
+        dict(plain), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None
     )
     return text
 

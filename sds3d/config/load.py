@@ -6,7 +6,7 @@ reads `file:line: key: got ..., expected ...`.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -61,13 +61,15 @@ def find_config(name: str, beside: Path | None = None) -> Path:
     return path
 
 
-def file_layers(path: Path) -> list[Table]:
-    """A config file and the bases it extends, the deepest base first."""
+def file_layers(path: Path, check: Callable[[Path], object] | None = None) -> list[Table]:
+    """A config file and the bases it extends, the deepest base first; `check` may refuse a file before it is read."""
     layers: list[Table] = []
     seen: list[Path] = []
     following: Path | None = path
     while following is not None:
         current = following
+        if check is not None:
+            check(current)
         table = read_table(current)
         seen.append(current.resolve())
         entries = dict(table.entries)

@@ -16,10 +16,18 @@ class Chosen:
 
 
 def option(
-    default: Any = MISSING, *, help: str = "", ge: float | None = None, le: float | None = None
+    default: Any = MISSING,
+    *,
+    help: str = "",
+    ge: float | None = None,
+    le: float | None = None,
+    path: bool = False,
 ) -> Any:
-    """A dataclass field with help text and an inclusive range (in tuples and ramps: of every number)."""
-    return field(default=default, metadata={"help": help, "min": ge, "max": le})
+    """A dataclass field with help text and an inclusive range (in tuples and ramps: of every number).
+
+    `path`: the text may name a file or folder that is read, so who may name which can be checked.
+    """
+    return field(default=default, metadata={"help": help, "min": ge, "max": le, "path": path})
 
 
 def kinds(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
@@ -81,6 +81,13 @@ class Table:
 Node = Leaf | Items | Table
 
 
+def plain(node: Node) -> Any:
+    """The data of a tree: mappings, lists and scalars."""
+    if isinstance(node, Table):
+        return {key: plain(entry) for key, entry in node.entries.items()}
+    return [plain(entry) for entry in node.nodes] if isinstance(node, Items) else node.value
+
+
 def fail(origin: Origin, path: str, message: str) -> NoReturn:
     """Raise ConfigError as `file:line: key: message`."""
     raise ConfigError(": ".join(part for part in (str(origin), path, message) if part))
@@ -92,7 +99,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def parse(text: str, source: str, *, lines: bool = True) -> Node:
+def parse(text: str, source: str, *, lines: bool = True, max_nodes: int = _MAX_NODES) -> Node:
     """Parse one YAML document; raises ConfigError with the line of the fault."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -104,14 +111,14 @@ def parse(text: str, source: str, *, lines: bool = True) -> Node:
         fail(Origin(source), "", f"not valid YAML: {error}.")
     if root is None:
         return Leaf("", False, Origin(source, 1 if lines else None))
-    return _Builder(source, lines).build(root, ())
+    return _Builder(source, lines, max_nodes).build(root, ())
 
 
 class _Builder:
     """Turns PyYAML's node graph into our tree, refusing what a config must not contain."""
 
-    def __init__(self, source: str, lines: bool) -> None:
-        self.source, self.lines, self.count = source, lines, 0
+    def __init__(self, source: str, lines: bool, max_nodes: int) -> None:
+        self.source, self.lines, self.max_nodes, self.count = source, lines, max_nodes, 0
 
     def origin(self, node: yaml.Node) -> Origin:
         return Origin(self.source, node.start_mark.line + 1 if self.lines else None)
@@ -121,8 +128,10 @@ class _Builder:
         self.count += 1
         if id(node) in parents:
             fail(origin, "", "an alias may not contain itself.")
-        if self.count > _MAX_NODES or len(parents) > 64:
-            fail(origin, "", f"too large or too deep for a config (limit {_MAX_NODES} values, 64 levels).")
+        if self.count > self.max_nodes or len(parents) > 64:
+            fail(
+                origin, "", f"too large or too deep for a config (limit {self.max_nodes} values, 64 levels)."
+            )
         within = (*parents, id(node))
         if node.tag not in _PLAIN_TAGS:
             fail(origin, "", f"the tag {node.tag!r} is not allowed; configs hold plain data.")
@@ -156,18 +165,24 @@ class _Builder:
         return Table({**merged, **entries}, origin, origins)
 
 
+def read_text(path: Path, what: str = "config", max_bytes: int = MAX_FILE_BYTES) -> str:
+    """The text of a file that people write; raises ConfigError where it is none, or too large to be one."""
+    try:
+        if path.stat().st_size > max_bytes:
+            raise ConfigError(f"{path}: larger than {max_bytes} bytes, so not a {what}.")
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this {what}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+    except ValueError as error:  # a zero byte in the name
+        raise ConfigError(f"{str(path)!r}: not the name of a {what}: {error}.") from error
+
+
 def read_table(path: Path) -> Table:
     """The top-level mapping of a YAML file; raises ConfigError for anything that is not one."""
     source = str(path)
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{source}: larger than {MAX_FILE_BYTES} bytes, so not a config.")
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{source}: cannot read this config: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{source}: not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
-    root = parse(text, source)
+    root = parse(read_text(path), source)
     if isinstance(root, Leaf) and root.value is None:
         return Table({}, root.origin, {})
     if not isinstance(root, Table):

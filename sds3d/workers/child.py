@@ -36,7 +36,9 @@ def perform(task: Task, on_event: Callable[[Event], None], stop: Stop) -> RunRes
     folder = Path(task.folder)
     if task.kind == "generate":
         stages = load_stages(task.config, layers_of(task.settings))
-        return generate_stages(stages, folder, config_name=task.config, listeners=[on_event], stop=stop)
+        return generate_stages(
+            stages, folder, config_name=task.config_name or task.config, listeners=[on_event], stop=stop
+        )
     if task.kind == "resume":
         return resume_any(folder, listeners=[on_event], stop=stop)
     return export_any(folder, task.formats, listeners=[on_event], layers=layers_of(task.settings))

@@ -34,6 +34,10 @@ class WorkerProcess:
         """The process id while there is a process."""
         return None if self._process is None else self._process.pid
 
+    def start(self) -> None:
+        """Start the process now, so that the first task need not wait for it."""
+        self._started()
+
     def run(self, task: Task, on_event: OnEvent, stop: threading.Event | None = None) -> Outcome:
         """Perform a task; blocks. `stop` asks the run to end after its current step, with a checkpoint and an asset.
 

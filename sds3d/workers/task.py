@@ -23,6 +23,7 @@ class Task:
     kind: Kind
     folder: str
     config: str = "default"  # generate: a name, or a YAML file
+    config_name: str = ""  # generate: what the manifest calls it; empty = as above
     settings: Mapping[str, Any] = field(
         default_factory=dict
     )  # generate: dotted keys on top of the config; export: keys that begin with "export."
