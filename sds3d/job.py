@@ -13,18 +13,20 @@ from sds3d.config.dump import config_hash
 from sds3d.config.load import Resolved, file_layers, find_config, resolve
 from sds3d.config.option import Chosen, kinds, option
 from sds3d.config.tree import Table
+from sds3d.convert import StartConfig
 from sds3d.errors import ConfigError, InputError
 from sds3d.guidance.noise import NOISES
-from sds3d.guidance.terms import guidance_needs, guidance_table
+from sds3d.guidance.terms import guidance_needs, guidance_table, term_configs
 from sds3d.guidance.time import TIME_LAWS
 from sds3d.optim import OptimizerConfig
 from sds3d.optimize import PenaltyConfig
 from sds3d.priors import PriorConfig, missing_offer, needed_views, prior_offers
+from sds3d.priors.control_pictures import known_materials
 from sds3d.priors.text import PromptingConfig
 from sds3d.scenes import SCENES
 
 # A run resumed with other values here still takes the same steps.
-_NOT_IN_HASH = ("device", "memory", "checkpoint", "preview", "export", "on_collapse")
+_NOT_IN_HASH = ("device", "memory", "checkpoint", "preview", "export", "on_collapse", "max_reseeds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +55,10 @@ class PreviewConfig:
     """The picture that is refreshed while a run goes on, and the video at its end."""
 
     every_s: float = option(5.0, help="seconds between previews", ge=0.0)
-    size_px: int = option(
-        256, help="side of preview.png, which shows four sides of the scene", ge=32, le=2048
+    size_px: int = option(256, help="width of preview.png in pixels", ge=32, le=2048)
+    views: int = option(4, help="sides of the scene in preview.png, tiled row by row", ge=1, le=36)
+    turn_deg: float = option(
+        0.0, help="by how much these sides turn from picture to picture", ge=-180.0, le=180.0
     )
     turntable_px: int = option(256, help="side of turntable.mp4 and of a contact sheet tile", ge=32, le=2048)
     turntable_frames: int = option(48, help="frames of turntable.mp4; 0 = no video", ge=0, le=1000)
@@ -64,20 +68,8 @@ class PreviewConfig:
 class EditConfig:
     """Editing: the run starts from another run's asset, and rules that compare (dds, pds) see it."""
 
-    run: str | None = option(None, help="run folder of the asset to edit; its scene settings must fit")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StartConfig:
-    """Where the scene comes from, other than from nothing: the scene of another run, turned into this run's kind."""
-
     run: str | None = option(
-        None, help="run folder whose scene this run starts from; relative to this run's folder, else to here"
-    )
-    cells: int = option(96, help="cells per side of the surface that is taken from it", ge=8, le=512)
-    max_faces: int = option(8000, help="faces of a mesh scene that is made from it", ge=100, le=1_000_000)
-    texture_steps: int = option(
-        200, help="steps in which a texture field learns its colours", ge=1, le=10_000
+        None, help="run folder of the asset to edit; its scene settings must fit", path=True
     )
 
 
@@ -104,8 +96,15 @@ class JobConfig:
     shading: ShadingConfig = field(default_factory=ShadingConfig)
     penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    on_nonfinite: Literal["skip", "stop"] = option("skip", help="at a step whose gradients are not finite")
-    on_collapse: Literal["warn", "stop"] = option("warn", help="when the scene is empty or opaque for long")
+    on_nonfinite: Literal["recover", "stop"] = option(
+        "recover",
+        help="at a step whose gradients are not finite: undo it and go on more slowly, or end the run",
+    )
+    on_collapse: Literal["report", "reseed", "stop"] = option(
+        "report",
+        help="when the scene is empty, opaque, saturated or two-faced: say so, begin again, or end the run",
+    )
+    max_reseeds: int = option(2, help="with on_collapse reseed: how many other seeds are tried", ge=0, le=100)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     edit: EditConfig = field(default_factory=EditConfig)
@@ -136,6 +135,7 @@ class JobConfig:
             )
         self._check_needs(source_given or self.edit.run is not None)
         self._check_views()
+        self._check_light()
         self._check_particles()
         self._check_start()
         if self.preview.turntable_px % 2:
@@ -161,14 +161,18 @@ class JobConfig:
 
     def _check_start(self) -> None:
         """Some scenes need one; it is one scene, and not edited at the same time."""
-        if SCENES[self.scene.kind].needs_start and self.start.run is None:
+        start = self.start
+        if SCENES[self.scene.kind].needs_start and start.run is None and start.mesh is None:
             raise ConfigError(
                 f"scene.kind: a {self.scene.kind!r} scene starts from another run; set start.run to its folder, "
-                "or make it a stage (configs with stages:)"
+                "start.mesh to a mesh file, or make it a stage (configs with stages:)"
             )
-        if self.start.run is not None and (self.edit.run is not None or self.particles > 1):
+        given = [name for name in ("run", "mesh") if getattr(start, name) is not None]
+        if len(given) > 1:
+            raise ConfigError("start.run: cannot be combined with start.mesh; remove one of them")
+        if given and (self.edit.run is not None or self.particles > 1):
             other = "edit.run" if self.edit.run is not None else "particles"
-            raise ConfigError(f"start.run: cannot be combined with {other}; remove one of them")
+            raise ConfigError(f"start.{given[0]}: cannot be combined with {other}; remove one of them")
 
     def _check_needs(self, source_given: bool) -> None:
         """Refuse rules that ask for what this run does not offer."""
@@ -187,6 +191,28 @@ class JobConfig:
                 f"prior.image_prompt: guidance.kind {self.guidance.kind!r} looks at no picture; use guidance.kind "
                 "isd (with variate 0 it is SDS with the picture), or remove the setting"
             )
+
+    def _check_light(self) -> None:
+        """Image-based light needs a material to fall on, and those who look at light need light."""
+        shading = self.shading
+        shading.check()
+        if shading.uses_environment and not SCENES[self.scene.kind].takes_environment:
+            able = ", ".join(kind for kind, scene in SCENES.items() if scene.takes_environment)
+            raise ConfigError(
+                f"shading.light: a {self.scene.kind!r} scene has no metallic and roughness that learn, so it cannot "
+                f"be lit by an environment; use shading.light=lamp, or one of these scenes: {able}"
+            )
+        dark = max(shading.lit.start, shading.lit.end) == 0.0
+        if dark and any(term.sees == "shaded" for term in term_configs(self.guidance)):
+            raise ConfigError(
+                "guidance.terms: one sees shaded, but no step is lit; set shading.lit above 0, or use sees: rgb"
+            )
+        for index, control in enumerate(self.prior.controls):
+            if known_materials([control.kind]) and not shading.always_environment:
+                raise ConfigError(
+                    f"prior.controls[{index}]: kind {control.kind} shows the light of every step; set shading.lit=1, "
+                    "shading.light=environment and shading.textureless_frac=0"
+                )
 
     def _check_views(self) -> None:
         """Refuse cameras and times that a prior of jointly denoised views cannot use."""

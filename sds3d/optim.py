@@ -51,6 +51,7 @@ class Optimizer:
 
     def __init__(self, groups: Sequence[ParamGroup], config: OptimizerConfig) -> None:
         self.config = config
+        self.lr_scale = 1.0  # on top of the schedule: lowered after steps that were not finite
         self.base_lr = {group.name: group.lr for group in groups}
         self.adam = torch.optim.Adam(
             [{"params": list(group.params), "lr": group.lr, "name": group.name} for group in groups],
@@ -84,7 +85,7 @@ class Optimizer:
         if self.config.max_grad_norm is not None:
             scale = (self.config.max_grad_norm / (norm + 1e-12)).clamp(max=1.0)
             torch._foreach_mul_(grads, scale)
-        factor = self.config.lr_factor.at(now)
+        factor = self.config.lr_factor.at(now) * self.lr_scale
         for group in self.adam.param_groups:
             group["lr"] = self.base_lr[group["name"]] * factor
         # Fused Adam skips the whole update where found_inf is 1, on the device, without a host read.

@@ -23,6 +23,7 @@ from sds3d.parallel import Team
 from sds3d.penalties import PenaltyConfig
 from sds3d.priors.notices import notices
 from sds3d.priors.text import TextBank
+from sds3d.recovery import Advice, Recovery
 from sds3d.rng import Streams
 from sds3d.slices import Slice
 from sds3d.watch import Watch
@@ -74,6 +75,9 @@ class Loop:
         self.parts, self.steps, self.index = parts, steps, 0
         self.stop_on_nonfinite, self.log_every = stop_on_nonfinite, log_every
         self.watch = Watch(stop=stop_on_nonfinite)
+        self.recovery = Recovery()
+        # On a CPU numbers can be read at every step; an accelerator would be waited for, so only reports read.
+        self.reads_freely = parts.prior.device.type == "cpu"
         self.weights = parts.penalties.active()
         unknown = sorted(set(self.weights) - set(parts.scene.penalty_names))
         if unknown:
@@ -85,6 +89,8 @@ class Loop:
     def run(self, until: int, emit: Emit) -> None:
         """Optimise up to step `until` (at most `steps`), telling `emit` about every `log_every`-th step."""
         until = min(until, self.steps)
+        if self.recovery.remembered is None:
+            self.recovery.remember(self.state_dict())
         while self.index < until:
             self.step(emit)
 
@@ -94,17 +100,41 @@ class Loop:
         if self.index % self.log_every == 0:
             for message in notices(parts.prior):
                 emit(Warned(message=message))
-        economize = partial(self.economize, now, emit)
-        seen = with_room(lambda: self.gradients(now), parts.guide.begin(), economize, self.team)
+        economize, undo = partial(self.economize, now, emit), parts.guide.begin()
+        seen = with_room(lambda: self.gradients(now), undo, economize, self.team)
         self.team.add_gradients(parts.optimizer.params())
         report = parts.optimizer.update(now)
-        parts.guide.settle(now, self.team)
-        parts.scene.adapt(seen.view, parts.optimizer, now.step)
+        advice = self.advice(report)
+        if advice == "go on":
+            parts.guide.settle(now, self.team)
+            parts.scene.adapt(seen.view, parts.optimizer, now.step)
+        else:
+            undo()
+            self.recover(now, advice, emit)
+        parts.optimizer.lr_scale = self.recovery.lr_scale
         self.index += 1
-        if self.stop_on_nonfinite and bool(report.skipped):
-            raise NonFiniteError(f"step {now.step}: gradients are not finite (on_nonfinite: stop)")
         if self.index % self.log_every == 0 or self.index == self.steps:
             self.report(emit, seen, report)
+
+    def advice(self, report: StepReport) -> Advice:
+        """What to do after a step; where nothing was read, go on: the optimiser itself skips what is not finite."""
+        due = (self.index + 1) % self.log_every == 0 or self.stop_on_nonfinite
+        if not (due or self.reads_freely):
+            return "go on"
+        return self.recovery.after(not bool(report.skipped))
+
+    def recover(self, now: Moment, advice: Advice, emit: Emit) -> None:
+        """After a step that was not finite; raises NonFiniteError where the run stops at that."""
+        if self.stop_on_nonfinite:
+            raise NonFiniteError(f"step {now.step}: gradients are not finite (on_nonfinite: stop)")
+        told = self.recovery.message(now.step + 1, advice)
+        if told is not None:
+            emit(Warned(message=told))
+        if advice == "roll back" and self.recovery.remembered is not None:
+            count = self.parts.optimizer.nonfinite.clone()
+            self.restore(self.recovery.remembered)
+            self.parts.optimizer.nonfinite = count
+        self.parts.guide.forget()
 
     def gradients(self, now: Moment) -> Seen:
         """Leave the gradients of all views on the parameters, piece by piece; nothing else changes for good."""
@@ -187,9 +217,12 @@ class Loop:
         )
 
     @torch.no_grad()
-    def preview(self, size_px: int, count: int = 4, elevation_deg: float = 15.0) -> Float[Tensor, "b 3 H W"]:
-        """The scene from `count` azimuths on white, without touching any state."""
-        cameras = turntable_cameras(count, size_px, elevation_deg).to(self.parts.prior.device)
+    def preview(
+        self, size_px: int, count: int = 4, azimuth_deg: float = 0.0, elevation_deg: float = 15.0
+    ) -> Float[Tensor, "b 3 H W"]:
+        """The scene from `count` azimuths, the first one given, on white, without touching any state."""
+        cameras = turntable_cameras(count, size_px, elevation_deg, azimuth_deg=azimuth_deg)
+        cameras = cameras.to(self.parts.prior.device)
         white = torch.ones(count, 3, device=self.parts.prior.device)
         stream = self.parts.streams.stream("preview", self.index)
         view = self.parts.scene.render(
@@ -202,15 +235,26 @@ class Loop:
         tensors = {f"scene.{k}": v.detach().clone() for k, v in self.parts.scene.state_dict().items()}
         tensors |= {f"optimizer.{k}": v for k, v in self.parts.optimizer.state_dict().items()}
         tensors |= {f"guide.{k}": v for k, v in self.parts.guide.state_dict().items()}
-        tensors["index"] = torch.tensor(self.index)
-        return tensors
+        return tensors | {"index": torch.tensor(self.index), "recovery": self.recovery.as_tensor()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` gave.
+        """Restore what `state_dict` gave, and remember it.
 
         Raises:
             CheckpointError: names or shapes do not fit this run's configuration.
         """
+        self.restore(tensors)
+        try:
+            self.index = int(tensors["index"])
+        except KeyError as error:
+            raise CheckpointError(f"the checkpoint does not fit this configuration: {error}") from error
+        if "recovery" in tensors:
+            self.recovery.load(tensors["recovery"])
+            self.parts.optimizer.lr_scale = self.recovery.lr_scale
+        self.recovery.remember(tensors)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Scene, optimiser and guidance as in `state_dict`; the step counter stays. Raises as `load_state_dict`."""
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -219,7 +263,6 @@ class Loop:
             self.parts.scene.load_state_dict(part("scene."))
             self.parts.optimizer.load_state_dict(part("optimizer."))
             self.parts.guide.load_state_dict(part("guide."))
-            self.index = int(tensors["index"])
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint does not fit this configuration: {error}") from error
 
@@ -257,6 +300,8 @@ def build_loop(
 
     `source` is the asset to edit, from which the scene starts; `start` is the scene itself, already of the job's kind.
     """
+    from sds3d.guidance.terms import buffers
+    from sds3d.priors.control_pictures import known_materials
     from sds3d.scenes import build_scene
 
     guide = build_guide(job, device)
@@ -270,7 +315,11 @@ def build_loop(
         scene=scene,
         guide=guide,
         camera=CameraLaw(job.camera),
-        shading=ShadingLaw(job.shading),
+        shading=ShadingLaw(
+            job.shading,
+            also=buffers(guide.terms),
+            known_materials=known_materials(guide.bank.conditions.controls),
+        ),
         optimizer=Optimizer(scene.groups(), job.optimizer),
         penalties=job.penalties,
         streams=guide.streams,

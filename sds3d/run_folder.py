@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -15,10 +15,12 @@ from sds3d.config.load import file_layers, resolve
 from sds3d.config.tree import Table
 from sds3d.convert import converted
 from sds3d.errors import CheckpointError, ConfigError, InputError
+from sds3d.given import START_FILE, encode_given, read_given, scene_from
 from sds3d.interfaces import Scene
 from sds3d.job import JobConfig
+from sds3d.paths import write_atomic
 from sds3d.rng import Streams
-from sds3d.scenes import build_scene, particles_of
+from sds3d.scenes import MeshScene, build_scene, particles_of
 
 
 def open_run(folder: Path) -> tuple[JobConfig, dict[str, Any]]:
@@ -48,17 +50,45 @@ def reexported(folder: Path, job: JobConfig, layers: Sequence[Table]) -> JobConf
     return changed
 
 
-def last_checkpoint(folder: Path, job: JobConfig) -> checkpoint.Checkpoint | None:
-    """The newest checkpoint of a run folder, if any; CheckpointError where it belongs to other settings."""
+def last_checkpoint(
+    folder: Path, job: JobConfig, warn: Callable[[str], None] = lambda message: None
+) -> checkpoint.Checkpoint | None:
+    """The newest whole checkpoint of a run folder, if there is any; `warn` is told about damaged ones after it.
+
+    Raises:
+        CheckpointError: it belongs to other settings, or all checkpoints are damaged.
+    """
     paths = checkpoint.listed(folder / "checkpoints")
-    if not paths:
-        return None
-    saved = checkpoint.load(paths[-1])
-    if saved.config_hash != job.hash():
-        raise CheckpointError(
-            f"{paths[-1]}: belongs to other settings than {folder / 'config.yaml'}; undo changes to that file"
-        )
-    return saved
+    damage: CheckpointError | None = None
+    for path in reversed(paths):
+        try:
+            saved = checkpoint.load(path)
+        except CheckpointError as error:
+            damage = damage or error
+            continue
+        if saved.config_hash != job.hash():
+            raise CheckpointError(
+                f"{path}: belongs to other settings than {folder / 'config.yaml'}; undo changes to that file"
+            )
+        if damage is not None:
+            warn(f"{damage.args[0].partition('. ')[0]}; going on from step {saved.step} ({path.name})")
+        return saved
+    if damage is not None:
+        raise damage
+    return None
+
+
+def set_aside(folder: Path, name: str) -> Path:
+    """Move checkpoints and metrics of an attempt that failed to `attempts/NAME`, where nothing is overwritten."""
+    goal, count = folder / "attempts" / name, 1
+    while goal.exists():
+        count += 1
+        goal = folder / "attempts" / f"{name}-{count}"
+    goal.mkdir(parents=True)
+    for part in ("checkpoints", "metrics.jsonl", "preview.png"):
+        if (folder / part).exists():
+            (folder / part).rename(goal / part)
+    return goal
 
 
 def restored_scene(job: JobConfig, saved: checkpoint.Checkpoint) -> Scene:
@@ -92,6 +122,8 @@ def edited_scene(job: JobConfig) -> Scene | None:
 
 def started_scene(job: JobConfig, folder: Path) -> Scene | None:
     """The scene that a run in `folder` starts from, if any, turned into the job's kind."""
+    if job.start.mesh is not None:
+        return _scene_of_file(job, folder)
     if job.start.run is None:
         return None
     inside = folder / job.start.run
@@ -105,10 +137,41 @@ def started_scene(job: JobConfig, folder: Path) -> Scene | None:
         job.scene.kind,
         job.scene.config,
         Streams(job.seed).stream("init"),
-        cells=job.start.cells,
-        max_faces=job.start.max_faces,
-        texture_steps=job.start.texture_steps,
+        job.start,
     )
+
+
+def _scene_of_file(job: JobConfig, folder: Path) -> Scene:
+    """The scene of `start.mesh`, turned into the job's kind."""
+    start, rng = job.start, Streams(job.seed).stream("init")
+    path = _given_path(job, folder)
+    mesh, _ = read_given(path, max_faces=start.mesh_faces, keep_uvs=start.keep_uvs)
+    config = job.scene.config if job.scene.kind == "mesh" else MeshScene.Config()
+    scene = scene_from(mesh, config, rng, up=start.up, front_deg=start.front_deg, reach_m=start.reach_m)
+    if job.scene.kind == "mesh":
+        return scene
+    return converted(scene, job.scene.kind, job.scene.config, rng.fork("convert"), start)
+
+
+def _given_path(job: JobConfig, folder: Path) -> Path:
+    named = Path(job.start.mesh or "")
+    return folder / named if (folder / named).is_file() else named
+
+
+def keep_start(job: JobConfig, folder: Path, warn: Callable[[str], None]) -> JobConfig:
+    """Copy the mesh file that a new run starts from into its folder; the job that names the copy.
+
+    `warn` is told if the mesh had to be simplified. Raises InputError where the file is no use.
+    """
+    if job.start.mesh is None:
+        return job
+    start = job.start
+    path = Path(start.mesh or "")
+    mesh, note = read_given(path, max_faces=start.mesh_faces, keep_uvs=start.keep_uvs)
+    if note is not None:
+        warn(note)
+    write_atomic(folder / START_FILE, encode_given(mesh))
+    return replace(job, start=replace(start, mesh=START_FILE))
 
 
 def new_manifest(job: JobConfig, config_name: str) -> dict[str, Any]:

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+import sds3d.exporting as exporting
 import sds3d.run as run_module
 from sds3d.asset import AssetReport
 from sds3d.errors import ExportError, NonFiniteError
 from sds3d.events.bus import StepDone
+from sds3d.health import Signs
 from sds3d.interfaces import Cameras, Material, ParamGroup, Render, Scene, Shading, Surface
 from sds3d.job import CheckpointConfig, JobConfig, PreviewConfig
 from sds3d.optimize import Loop
 from sds3d.paths import write_atomic
+from sds3d.recovery import Recovery
 from sds3d.rng import Stream, Streams
 
 FAST = JobConfig(
@@ -54,10 +57,12 @@ class ToyLoop(Loop):
     """A drunkard's walk of one vector; every step depends on all earlier ones and on its own random numbers."""
 
     alpha = 0.5
+    signs = Signs(coverage=0.5, full_chroma=0.0, speckle=0.0)
     fail_at: int | None = None
 
     def __init__(self, job: JobConfig, device: torch.device) -> None:
         self.job, self.index, self.log_every = job, 0, 10
+        self.recovery = Recovery()
         self.steps_taken: list[int] = []
         self.scene = ToyScene()
         self.parts: Any = SimpleNamespace(scene=self.scene, prior=SimpleNamespace(warnings=self.warnings))
@@ -86,7 +91,9 @@ class ToyLoop(Loop):
                 )
             )
 
-    def preview(self, size_px: int, count: int = 4, elevation_deg: float = 15.0) -> torch.Tensor:
+    def preview(
+        self, size_px: int, count: int = 4, azimuth_deg: float = 0.0, elevation_deg: float = 15.0
+    ) -> torch.Tensor:
         return torch.rand(count, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -123,5 +130,6 @@ def loops(monkeypatch: pytest.MonkeyPatch) -> list[ToyLoop]:
         return ToyReport({"stl": path})
 
     monkeypatch.setattr(run_module, "build_loop", build)
-    monkeypatch.setattr(run_module, "make_asset", make)
+    monkeypatch.setattr(exporting, "make_asset", make)
+    monkeypatch.setattr(run_module, "examine", lambda loop: loop.signs)
     return built

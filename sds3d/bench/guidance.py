@@ -5,12 +5,13 @@ Finished runs are kept: the same command goes on where it stopped.
 """
 
 import json
-import multiprocessing
+import os
 import platform
 import resource
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -54,6 +55,12 @@ class BenchConfig:
     budget: int = 1120
     overrides: tuple[str, ...] = field(default=())
 
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "BenchConfig":
+        """What `asdict` gave, after a trip through JSON."""
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
+        return cls(**fields)
+
     def __post_init__(self) -> None:
         for prompt in self.prompts:
             if None in parse_prompt(prompt):
@@ -91,15 +98,15 @@ def run_bench(config: BenchConfig, out: Path, say: Any = None) -> dict[str, Any]
         if method not in known:
             raise ConfigError(f"bench: unknown method {method!r}; known: {', '.join(known)}")
     _claim(config, out)
-    context = multiprocessing.get_context("spawn")
     for method in config.methods:
-        worker = context.Process(target=run_method, args=(method, config, out))
-        worker.start()
-        worker.join()
+        # A process of its own per method: peak memory is a process's, and a crash takes no other method along.
+        line = json.dumps({"method": method, "config": asdict(config), "out": str(out)})
+        command = [sys.executable, "-m", __spec__.name, line]
+        worker = subprocess.run(command, check=False)  # noqa: S603 (our own module)
         if say is not None:
             say(f"{method}: {_state(method, config, out)}")
-        if worker.exitcode not in (0, 1):
-            _note_failure(out / method, f"the process ended with status {worker.exitcode}")
+        if worker.returncode not in (0, 1):
+            _note_failure(out / method, f"the process ended with status {worker.returncode}")
     return write_report(
         config, out, held_out=[p for p in config.prompts if is_held_out(p)], machine=machine()
     )
@@ -181,7 +188,7 @@ def is_held_out(prompt: str) -> bool:
 def machine() -> str:
     """The machine in a few words."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
-    return f"{name}, {multiprocessing.cpu_count()} cores, torch {torch.__version__}, {platform.system()}"
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {platform.system()}"
 
 
 def peak_memory_mb() -> float:
@@ -258,3 +265,8 @@ def seeds_from(text: str) -> tuple[int, ...]:
 
 def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+if __name__ == "__main__":
+    told = json.loads(sys.argv[1])
+    run_method(told["method"], BenchConfig.from_plain(told["config"]), Path(told["out"]))

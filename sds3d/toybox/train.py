@@ -1,6 +1,6 @@
 """Train the shipped prior: `python -m sds3d.toybox.train --work DIR --images N`.
 
-Resumable (the same command continues from DIR/state.pt), deterministic from its seed and process count, CPU or
+Resumable (the same command continues from DIR/state.safetensors), deterministic from its seed and process count, CPU or
 CUDA. Learning rate: warm-up, constant, then a cosine decay to zero over the last `--decay-images`, so that a run
 can be prolonged from any constant-phase checkpoint (Hu et al. 2024, arXiv:2404.06395, "WSD").
 
@@ -38,6 +38,7 @@ from sds3d.toybox.batch import Batch, BatchMaker
 from sds3d.toybox.captions import VOCABULARY
 from sds3d.toybox.model import IMAGE_PX, PATCH_PX, ToyboxModel, build_model, save_model
 from sds3d.toybox.pool import open_pool
+from sds3d.toybox.training_state import STATE, load_state, save_state
 
 MAX_WEIGHT = 2.0
 
@@ -118,7 +119,7 @@ class Trainer:
         if self.device.type == "cpu":
             # The fused CPU attention is slower than plain products at these sizes, above all backward.
             self.model.unet.set_attn_processor(AttnProcessor())
-        if init is not None and not (work / "state.pt").exists():
+        if init is not None and not (work / STATE).exists():
             self._start_from(init)
         self.params = list(self.net.parameters())
         self.ema = [p.detach().clone() for p in self.params]
@@ -127,7 +128,7 @@ class Trainer:
         )
         self.step, self.seen, self.seconds = 0, 0, 0.0
         self.stop = False
-        if (work / "state.pt").exists():
+        if (work / STATE).exists():
             self.load()
 
     def _start_from(self, folder: Path) -> None:
@@ -138,25 +139,14 @@ class Trainer:
         self.model.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
 
     def load(self) -> None:
-        """Continue from DIR/state.pt."""
-        state = torch.load(self.work / "state.pt", map_location=self.device, weights_only=True)
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema = [e.to(self.device) for e in state["ema"]]
-        self.step, self.seen, self.seconds = state["step"], state["seen"], state["seconds"]
+        """Continue from DIR/state.safetensors."""
+        numbers, self.ema = load_state(self.work / STATE, self.net, self.optimizer, self.device)
+        self.step, self.seen, self.seconds = int(numbers["step"]), int(numbers["seen"]), numbers["seconds"]
 
     def save(self) -> None:
         """Write the state and the EMA weights as a loadable prior, both atomically."""
-        state = {
-            "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema,
-            "step": self.step,
-            "seen": self.seen,
-            "seconds": self.seconds,
-        }
-        torch.save(state, self.work / "state.tmp")
-        os.replace(self.work / "state.tmp", self.work / "state.pt")
+        numbers = {"step": self.step, "seen": self.seen, "seconds": self.seconds}
+        save_state(self.work / STATE, self.net, self.optimizer, numbers, self.ema)
         averaged = build_model(VOCABULARY)
         for target, value in zip(Trainable(averaged).parameters(), self.ema, strict=True):
             target.data.copy_(value)

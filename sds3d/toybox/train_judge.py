@@ -1,14 +1,13 @@
 """Train the judge on renders: `python -m sds3d.toybox.train_judge --work DIR`.
 
-The same command continues from DIR/state.pt and does nothing more once all images are seen. Data are a pure function
-of the seed and the step. With `--pool` the renders come from an existing pool instead of DIR/pool. Held-out pairs
-are shown: the judge must know them to say whether the prior gets them right.
+The same command continues from DIR/state.safetensors and does nothing more once all images are seen. Data are a pure
+function of the seed and the step. With `--pool` the renders come from an existing pool instead of DIR/pool. Held-out
+pairs are shown: the judge must know them to say whether the prior gets them right.
 """
 
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +41,7 @@ from sds3d.toybox.judge import (
 )
 from sds3d.toybox.kinds import KIND_NAMES, KINDS
 from sds3d.toybox.pool import Pool, open_pool
+from sds3d.toybox.training_state import STATE, load_state, save_state
 from sds3d.toybox.world import Layers, compose
 
 WHITE_FRACTION = 0.35  # on top of the whites of sample_background: exported assets are judged on white
@@ -219,22 +219,14 @@ class Trainer:
             fused=True,
         )
         self.step, self.seconds = 0, 0.0
-        if (self.work / "state.pt").exists():
-            state = torch.load(self.work / "state.pt", map_location=self.device, weights_only=True)
-            self.net.load_state_dict(state["net"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.seconds = state["step"], state["seconds"]
+        if (self.work / STATE).exists():
+            numbers, _ = load_state(self.work / STATE, self.net, self.optimizer, self.device)
+            self.step, self.seconds = int(numbers["step"]), numbers["seconds"]
 
     def save(self) -> None:
-        """Write DIR/state.pt atomically and the present weights to DIR/judge."""
-        state = {
-            "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-        }
-        torch.save(state, self.work / "state.tmp")
-        os.replace(self.work / "state.tmp", self.work / "state.pt")
+        """Write DIR/state.safetensors atomically and the present weights to DIR/judge."""
+        numbers = {"step": self.step, "seconds": self.seconds}
+        save_state(self.work / STATE, self.net, self.optimizer, numbers)
         save_judge(self.net, self.shape, self.work / "judge")
 
     def learning_rate(self, steps: int) -> float:

@@ -52,7 +52,9 @@ def loop_of(job: JobConfig, monkeypatch: pytest.MonkeyPatch) -> Loop:
         streams=guide.streams,
         source=CanvasScene(64),
     )
-    return Loop(parts, job.steps, log_every=100)
+    loop = Loop(parts, job.steps, log_every=100)
+    loop.reads_freely = False  # as on an accelerator
+    return loop
 
 
 def watched_steps(loop: Loop, steps: int) -> DeviceTensors:

@@ -4,51 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from sds3d.cameras.light import ShadingConfig, ShadingLaw
-from sds3d.cameras.sample import CameraConfig, CameraLaw
 from sds3d.config.ramp import Ramp
 from sds3d.errors import CheckpointError, ConfigError, NonFiniteError
 from sds3d.events.bus import StepDone
-from sds3d.guidance import CSD, SDS
-from sds3d.guidance.noise import FreshNoise
-from sds3d.guidance.terms import Term
-from sds3d.guidance.time import UniformTime
-from sds3d.guide import Guide
 from sds3d.interfaces import ParamGroup
 from sds3d.moment import Moment
 from sds3d.optim import Optimizer, OptimizerConfig
-from sds3d.optimize import Loop, Parts, PenaltyConfig
-from sds3d.priors.analytic import AnalyticPrior, Mixture
-from sds3d.priors.text import PromptingConfig, TextBank
-from sds3d.rng import Streams
-from tests.toys import CanvasScene
-
-TARGET = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(1))
-
-
-def build(steps: int = 60, hold: int = 1, rule: str = "sds", seed: int = 0, **options) -> Loop:
-    prior = AnalyticPrior({"y": Mixture.gaussian(TARGET, 0.01), "": Mixture.gaussian(TARGET * 0 + 0.5, 0.01)})
-    scene = CanvasScene()
-    rules = {"sds": SDS(SDS.Config(cfg_scale=1.0), prior), "csd": CSD(CSD.Config(), prior)}
-    guide = Guide(
-        prior=prior,
-        terms=options.pop("terms", None) or (Term(rule=rules[rule]),),
-        bank=TextBank(prior, "y", "", PromptingConfig(view_dependent=False)),
-        time=UniformTime(UniformTime.Config()),
-        noise=FreshNoise(FreshNoise.Config()),
-        streams=Streams(seed),
-        hold=hold,
-    )
-    parts = Parts(
-        scene=scene,
-        guide=guide,
-        camera=CameraLaw(CameraConfig(batch=2, render_px=Ramp.constant(8.0), hold_steps=hold)),
-        shading=ShadingLaw(ShadingConfig()),
-        optimizer=Optimizer(scene.groups(), options.pop("optimizer", OptimizerConfig())),
-        penalties=options.pop("penalties", PenaltyConfig()),
-        streams=Streams(seed),
-    )
-    return Loop(parts, steps, **options)
+from sds3d.optimize import PenaltyConfig
+from sds3d.priors.analytic import Mixture
+from tests.toys import CANVAS_TARGET as TARGET
+from tests.toys import canvas_loop as build
 
 
 def test_sds_under_a_gaussian_prior_ends_at_its_mean() -> None:

@@ -84,16 +84,18 @@ def _short_of_memory(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def _generated(rank: int, folder: Path) -> dict[str, Any]:
+    import sds3d.exporting as exporting
     import sds3d.run as run_module
 
     run_module.build_loop = lambda job, device, source=None, start=None: build(job.steps)  # type: ignore[assignment]
-    run_module.make_asset = write_nothing  # type: ignore[assignment]
+    exporting.make_asset = write_nothing  # type: ignore[assignment]
     here = folder / f"cwd{rank}"
     here.mkdir()
     os.chdir(here)
     events: list[Any] = []
     result = run_module.generate(JOB, folder / "run", listeners=[events.append])
-    return {"status": result.status, "files": {name: str(path) for name, path in result.files.items()}, "events": len(events)}
+    files = {name: str(path) for name, path in result.files.items()}
+    return {"status": result.status, "files": files, "events": len(events)}
 
 
 def _failing(rank: int, folder: Path) -> str:

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from toy_run import FAST, ToyLoop, loops
 
+import sds3d.exporting as exporting
 import sds3d.run as run_module
 from sds3d import checkpoint
 from sds3d.errors import CheckpointError, CollapseError, ConfigError, ExportError, InputError, NonFiniteError
 from sds3d.events.bus import CheckpointSaved, Event, Finished, PreviewReady, StepDone, Warned
 from sds3d.events.log import MetricsLog, Tally
-from sds3d.events.preview import Preview
+from sds3d.events.preview import Preview, columns_of
 from sds3d.events.turntable import write_contact_sheet, write_turntable
 from sds3d.job import JobConfig, PreviewConfig
 from sds3d.paths import claim_folder, claim_run_folder, safe_slug
@@ -138,7 +139,7 @@ def test_an_interrupted_run_without_a_surface_is_no_failure(
     def nothing(*_: Any) -> None:
         raise ExportError("the scene is empty")
 
-    monkeypatch.setattr(run_module, "make_asset", nothing)
+    monkeypatch.setattr(exporting, "make_asset", nothing)
     stop = Stop()
     result = generate(FAST, tmp_path / "run", listeners=[Asker(stop, 3)], stop=stop)
     assert result.status == "interrupted"
@@ -227,18 +228,6 @@ def test_resume_refuses_what_does_not_fit(tmp_path: Path, loops: list[ToyLoop]) 
         resume(folder)
     config.write_text(before.replace("every_s: 1000000.0", "every_s: 9.0"))
     assert resume(folder).status == "done"
-
-
-def test_resume_with_a_damaged_checkpoint_names_it(tmp_path: Path, loops: list[ToyLoop]) -> None:
-    stop = Stop()
-    folder = generate(FAST, tmp_path / "run", listeners=[Asker(stop, 7)], stop=stop).folder
-    last = checkpoint.listed(folder / "checkpoints")[-1]
-    last.write_bytes(last.read_bytes()[:-3])
-    with pytest.raises(CheckpointError, match=re.escape(str(last))):
-        resume(folder)
-    last.unlink()
-    assert resume(folder).steps_done == 20
-    assert loops[-1].steps_taken[0] == 5
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "\x00"])
@@ -362,7 +351,7 @@ def test_preview_comes_first_and_then_by_the_clock(tmp_path: Path) -> None:
     now, steps = {"s": 0.0}, []
     preview = Preview(
         tmp_path / "preview.png",
-        lambda size, count: torch.zeros(count, 3, size, size),
+        lambda size, count, azimuth: torch.zeros(count, 3, size, size),
         lambda event: steps.append(event.step),
         every_s=5.0,
         size_px=32,
@@ -372,6 +361,37 @@ def test_preview_comes_first_and_then_by_the_clock(tmp_path: Path) -> None:
         preview.refresh(step, last=step == 12)
         now["s"] += 1.0
     assert steps == [1, 6, 11, 12]
+
+
+def test_preview_turns_tiles_and_gives_way_to_the_run(tmp_path: Path) -> None:
+    now, asked, steps = {"s": 0.0}, [], []
+
+    def view(size: int, count: int, azimuth: float) -> torch.Tensor:
+        asked.append((size, count, azimuth))
+        now["s"] += 1.0  # a slow scene
+        return torch.zeros(count, 3, size, size)
+
+    preview = Preview(
+        tmp_path / "preview.png",
+        view,
+        lambda event: steps.append((event.step, tuple(event.image.shape))),
+        every_s=0.5,
+        size_px=64,
+        views=12,
+        turn_deg=200.0,
+        clock=lambda: now["s"],
+    )
+    for step in range(1, 9):
+        preview.refresh(step)
+        now["s"] += 1.0
+    assert asked == [(16, 12, 0.0), (16, 12, 200.0), (16, 12, 40.0), (16, 12, 240.0)]
+    # Pictures take a third of the time.
+    assert steps == [(step, (3, 48, 64)) for step in (1, 3, 5, 7)]
+
+
+@pytest.mark.parametrize(("views", "columns"), [(1, 1), (2, 2), (4, 2), (7, 7), (8, 4), (12, 4), (36, 6)])
+def test_preview_columns_divide_the_views(views: int, columns: int) -> None:
+    assert columns_of(views) == columns
 
 
 def test_video_writer_leaves_nothing_open(tmp_path: Path) -> None:
