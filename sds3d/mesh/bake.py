@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from sds3d.errors import ExportError
 from sds3d.interfaces import Material, Scene, Surface
+from sds3d.mathx.brdf import bent_normal
 from sds3d.mesh.detail import fine_normals, sky_visibility
 from sds3d.mesh.tangents import to_tangent_space
 from sds3d.mesh.unwrap import Atlas
@@ -65,8 +66,8 @@ def bake(
 
     `inward_m` are the depths below the surface (metres, along the inward normal) at which the material is asked;
     their plain mean is baked. A density field's colour is best defined a little inside, where the field is dense:
-    what a camera sees is itself a mean over such depths. `fine` and `tangents` (of the atlas's vertices) together
-    give a normal texture with the finer surface's normals.
+    what a camera sees is itself a mean over such depths. `tangents` (of the atlas's vertices) and `fine` or a material
+    with bumps give a normal texture, with the finer surface's normals where there is one.
     """
     texels = find_texels(surface, normals, atlas, texture_px)
     material = _mean_material(scene, texels, inward_m)
@@ -79,8 +80,9 @@ def bake(
         if occlusion:
             sky = sky_visibility(surface, texels.points, texels.normals)
         shine = _fill(torch.cat([sky, roughness, metallic], dim=1), texels.covered, nearest)
-    if fine is not None and tangents is not None:
-        detail = _fill(_tangent_normals(fine, normals, atlas, tangents, texels), texels.covered, nearest)
+    if tangents is not None and (fine is not None or material.bump is not None):
+        bent = _tangent_normals(fine, normals, atlas, tangents, texels, material.bump)
+        detail = _fill(bent, texels.covered, nearest)
     return Baked(
         base_color=_fill(material.base_color, texels.covered, nearest),
         metallic_roughness=shine,
@@ -92,14 +94,17 @@ def bake(
 
 
 def _tangent_normals(
-    fine: Surface,
+    fine: Surface | None,
     normals: Float[Tensor, "v 3"],
     atlas: Atlas,
     tangents: Float[Tensor, "w 4"],
     texels: Texels,
+    bump: Float[Tensor, "n 3"] | None,
 ) -> Float[Tensor, "n 3"]:
-    """The fine surface's normals in the coarse one's frames, coded into [0, 1]."""
-    wanted = fine_normals(fine, texels.points, texels.normals)
+    """The fine surface's normals, bent by the material's bumps, in the coarse one's frames, coded into [0, 1]."""
+    wanted = texels.normals if fine is None else fine_normals(fine, texels.points, texels.normals)
+    if bump is not None:
+        wanted = bent_normal(wanted, bump)
     normal = texels.interpolate(normals[atlas.source], atlas.faces)
     inside = to_tangent_space(wanted, normal, texels.interpolate(tangents, atlas.faces))
     # A normal that leans out of its surface is an error of the match, and shaders break on it.
@@ -137,19 +142,23 @@ def _rasterize_uv(
 
 @torch.no_grad()
 def _mean_material(scene: Scene, texels: Texels, inward_m: tuple[float, ...]) -> Material:
-    total: list[list[Tensor]] = [[], [], []]
+    names = ("base_color", "metallic", "roughness", "bump")
+    total: dict[str, list[Tensor]] = {name: [] for name in names}
     device = next(scene.parameters(), texels.points).device
     for start in range(0, len(texels.points), CHUNK):
         part = slice(start, start + CHUNK)
         points, normals = texels.points[part].to(device), texels.normals[part].to(device)
         asked = [scene.material(points - depth * normals) for depth in inward_m]
-        for name, out in zip(("base_color", "metallic", "roughness"), total, strict=True):
-            out.append(torch.stack([getattr(material, name).cpu() for material in asked]).mean(0))
-    base_color, metallic, roughness = (torch.cat(parts) for parts in total)
+        for name in names:
+            found = [getattr(material, name) for material in asked]
+            if found[0] is not None:
+                total[name].append(torch.stack([values.cpu() for values in found]).mean(0))
+    means = {name: torch.cat(parts) for name, parts in total.items() if parts}
+    base_color = means["base_color"]
     bad = int((~torch.isfinite(base_color)).any(1).sum())
     if bad:
         raise ExportError(f"bake: the scene's material is not finite at {bad} of {len(base_color)} texels")
-    return Material(base_color=base_color, metallic=metallic, roughness=roughness)
+    return Material(**means)
 
 
 def _spread(values: Float[Tensor, "n 1"]) -> float:

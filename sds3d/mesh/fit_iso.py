@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sds3d.interfaces import Cameras, Scene, Shading, Surface
+from sds3d.mesh.checks import check_mesh
 from sds3d.ops.raster import rasterize_mesh
 from sds3d.rng import Stream
 
@@ -44,13 +45,14 @@ def fitted_surface(
     can be thinner than that and would come out with holes.
 
     Raises:
-        ExportError: there is no surface even at the automatic iso value.
+        ExportError: there is no surface even at the automatic iso value, or it is not finite.
     """
     seen = [(see(scene, views), views) for views in cameras]
 
     def candidates() -> Iterator[tuple[float, Surface]]:
         for factor in factors:
             surface = scene.surface(cells_per_side, iso_factor=factor)
+            check_mesh(surface.vertices, surface.faces, "the scene's surface")
             error = sum(
                 float((see_surface(scene, surface, views) - image).square().mean()) for image, views in seen
             )

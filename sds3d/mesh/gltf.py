@@ -201,7 +201,7 @@ class _Builder:
         attributes = {"POSITION": self._add_accessor(positions, "VEC3", FLOAT, ARRAY_BUFFER)}
         self.tree["accessors"][0] |= {"min": positions.min(0).tolist(), "max": positions.max(0).tolist()}
         attributes["NORMAL"] = self._add_accessor(_array(mesh.normals), "VEC3", FLOAT, ARRAY_BUFFER)
-        if mesh.texture is not None and mesh.uvs is not None:
+        if mesh.uvs is not None:
             attributes["TEXCOORD_0"] = self._add_accessor(_array(mesh.uvs), "VEC2", FLOAT, ARRAY_BUFFER)
         elif mesh.colors is not None:
             raise ExportError(

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from skimage import measure
 from torch import Tensor
 
-from sds3d.errors import ExportError
+from sds3d.errors import NoSurfaceError
 from sds3d.interfaces import Surface
 
 _BINS = 256
@@ -21,12 +21,12 @@ def auto_iso(density: Float[Tensor, "n n n"], cell_m: float) -> float:
     Density sigma becomes the opacity a = 1 - exp(-cell_m sigma) of one cell, which tames the unbounded tail of
     dense interiors. The threshold maximises the variance between the classes a <= a* and a > a*, with at most as
     many empty cells counted as there are others, so that the size of the box does not matter.
-    Source: Otsu 1979, A Threshold Selection Method from Gray-Level Histograms. Raises ExportError if all is
+    Source: Otsu 1979, A Threshold Selection Method from Gray-Level Histograms. Raises NoSurfaceError if all is
     empty: no point would make a wall of four cells 2 % opaque.
     """
     highest = float(density.max())
     if not 4 * cell_m * highest > _HAZE:
-        raise ExportError(
+        raise NoSurfaceError(
             f"the scene is empty: its densest point has {highest:.3g} 1/m, too thin for a surface. "
             "Train longer, or lower the weight of the opacity penalty."
         )
@@ -45,19 +45,21 @@ def auto_iso(density: Float[Tensor, "n n n"], cell_m: float) -> float:
     return -math.log1p(-threshold * top) / cell_m
 
 
-def marching_cubes(density: Float[Tensor, "n n n"], iso: float, half_extent: float) -> Surface:
+def marching_cubes(
+    density: Float[Tensor, "n n n"], iso: float, half_extent: float, *, outside: float = 0.0
+) -> Surface:
     """The surface density = iso, closed and counter-clockwise seen from outside (positive signed volume).
 
     Axes of `density` are x, y, z; its first and last samples lie at -half_extent and +half_extent metres.
-    Matter that reaches the border is closed at most one cell beyond it. Raises ExportError where no sample
-    exceeds iso.
+    `density` may be any rising function of it; `outside` is its value beyond the border, where matter is closed at most
+    one cell away. Raises NoSurfaceError where no sample exceeds iso.
     """
     if not float(density.max()) > iso:
-        raise ExportError(
+        raise NoSurfaceError(
             f"no surface: the density stays below iso {iso:.3g} 1/m (highest: {float(density.max()):.3g} 1/m)"
         )
     cell = 2 * half_extent / (density.shape[0] - 1)
-    padded = np.pad(density.detach().cpu().numpy().astype(np.float32), 1)
+    padded = np.pad(density.detach().cpu().numpy().astype(np.float32), 1, constant_values=outside)
     # skimage's "ascent" winds faces so that they look towards lower values, which here is outside.
     vertices, faces, _, _ = measure.marching_cubes(padded, iso, gradient_direction="ascent")
     world = (vertices - 1) * cell - half_extent

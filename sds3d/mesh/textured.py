@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from sds3d.errors import ShapeError
 from sds3d.interfaces import Cameras
+from sds3d.mathx.pose import Pose
 from sds3d.ops.raster import rasterize_mesh
 
 Look = Literal["albedo", "lit"]
@@ -53,6 +54,18 @@ class TexturedMesh:
             raise ShapeError("TexturedMesh: a texture needs uvs")
         if self.normal_texture is not None and self.tangents is None:
             raise ShapeError("TexturedMesh: a normal texture needs tangents")
+
+    def moved(self, pose: Pose) -> "TexturedMesh":
+        """The same mesh elsewhere."""
+        tangents = self.tangents
+        if tangents is not None:
+            tangents = torch.cat([pose.directions(tangents[:, :3]), tangents[:, 3:]], dim=1)
+        return replace(
+            self,
+            vertices=pose.points(self.vertices),
+            normals=pose.directions(self.normals),
+            tangents=tangents,
+        )
 
 
 def render_textured(

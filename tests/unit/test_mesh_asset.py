@@ -5,85 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from skimage.measure import marching_cubes
 
 from sds3d.asset import AssetConfig, make_asset
 from sds3d.cameras.orbit import turntable_cameras
 from sds3d.errors import ConfigError, ExportError
-from sds3d.interfaces import Material, Render, Scene, Surface
-from sds3d.mesh.clean import measure, to_surface
-from sds3d.mesh.fidelity import compare
+from sds3d.interfaces import Surface
+from sds3d.mesh.clean import measure
+from sds3d.mesh.fidelity import albedo_difference, compare
+from sds3d.mesh.file_facts import facts_of
 from sds3d.mesh.files import load_glb, load_mesh, welded
 from sds3d.mesh.textured import render_textured
 from sds3d.rng import Stream
-
-RED, GREEN, WHITE = (0.8, 0.15, 0.1), (0.1, 0.6, 0.2), (0.95, 0.95, 0.9)
-
-
-class Mug(Scene):
-    """A signed distance field: cup minus hollow plus ring; colours by region; sphere-traced renders."""
-
-    def __init__(self, *, shiny_handle: bool = False) -> None:
-        super().__init__()
-        self.shiny_handle = shiny_handle
-
-    def distance(self, p):
-        radial = p[:, [0, 2]].norm(dim=1)
-        cup = torch.maximum(radial - 0.5, p[:, 1].abs() - 0.6)
-        hollow = torch.maximum(radial - 0.38, (p[:, 1] - 0.2).abs() - 0.65)
-        ring = (
-            torch.stack([(p[:, [0, 1]] - torch.tensor([0.55, 0.0])).norm(dim=1) - 0.3, p[:, 2]], 1).norm(
-                dim=1
-            )
-            - 0.09
-        )
-        return torch.maximum(torch.minimum(cup, ring), -hollow)
-
-    def normal(self, p):
-        steps = 1e-3 * torch.eye(3)
-        return torch.stack([self.distance(p + s) - self.distance(p - s) for s in steps], dim=1)
-
-    def color(self, p):
-        radial = p[:, [0, 2]].norm(dim=1, keepdim=True)
-        outside = torch.where(p[:, 2:] > 0, torch.tensor(RED), torch.tensor(GREEN))
-        return torch.where(radial < 0.44, torch.tensor(WHITE), outside)
-
-    def material(self, points):
-        metallic = torch.zeros(len(points), 1)
-        if self.shiny_handle:
-            metallic = (points[:, :1] > 0.55).float()
-        return Material(
-            base_color=self.color(points), metallic=metallic, roughness=torch.full_like(metallic, 0.7)
-        )
-
-    def surface(self, cells_per_side, *, iso_factor=1.0):
-        axis = torch.linspace(-1, 1, cells_per_side + 1)
-        grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).reshape(-1, 3)
-        field = self.distance(grid).reshape([cells_per_side + 1] * 3).numpy()
-        vertices, faces, _, _ = marching_cubes(field, 0.0, gradient_direction="ascent")
-        return to_surface(vertices * 2.0 / cells_per_side - 1.0, faces)
-
-    def render(self, cameras, shading, rng, *, progress=1.0):
-        fine = cameras.resized(2 * cameras.width_px)
-        size = fine.width_px
-        v, u = torch.meshgrid(*[torch.arange(size) + 0.5] * 2, indexing="ij")
-        rgb, alpha = [], []
-        for c2w, k in zip(fine.c2w, fine.intrinsics, strict=True):
-            local = torch.stack([(u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1], torch.ones_like(u)], -1)
-            rays = torch.nn.functional.normalize(local.reshape(-1, 3) @ c2w[:3, :3].T, dim=1)
-            t = torch.full((len(rays),), 2.0)
-            for _ in range(60):
-                t += self.distance(c2w[:3, 3] + t[:, None] * rays)
-            points = c2w[:3, 3] + t[:, None] * rays
-            hit = (self.distance(points).abs() < 3e-3) & (t < 6)
-            alpha.append(hit.float().reshape(1, size, size))
-            rgb.append((self.color(points) * hit[:, None]).T.reshape(3, size, size))
-        alpha, rgb = (torch.nn.functional.avg_pool2d(torch.stack(x), 2) for x in (alpha, rgb))
-        rgb = rgb + (1 - alpha) * shading.background[:, :, None, None]
-        return Render(rgb=rgb, alpha=alpha, depth=torch.zeros_like(alpha))
-
-    def groups(self):
-        return []
+from tests.toys import RED, WHITE, Mug
 
 
 @pytest.fixture(scope="module")
@@ -228,3 +161,57 @@ def test_measure_of_the_raw_mug_agrees_with_the_exported_one(made):
     raw = measure(Mug().surface(64))
     assert made[0].mesh.volume == pytest.approx(abs(raw.volume), rel=0.02)
     assert made[0].mesh.euler == raw.euler
+
+
+def test_the_report_says_all_that_is_known_of_the_file(made):
+    report, folder, config = made
+    block = report.as_dict()["fidelity"]
+    assert list(block) == [
+        *["psnr_db", "ssim", "silhouette_iou", "worst_view_psnr_db", "albedo_difference", "views", "size_px"],
+        *[
+            "file",
+            "faces",
+            "components",
+            "boundary_edges",
+            "non_manifold_edges",
+            "texels_per_m2",
+            "file_bytes",
+        ],
+    ]
+    assert (block["file"], block["views"], block["size_px"]) == ("glb", config.compare_views, 64)
+    assert (block["components"], block["boundary_edges"], block["non_manifold_edges"]) == (1, 0, 0)
+    assert block["faces"] == report.mesh.faces
+    assert block["file_bytes"] == {name: (folder / f"asset.{name}").stat().st_size for name in ("glb", "stl")}
+    assert block["albedo_difference"] < 0.02
+
+
+def test_texel_density_is_that_of_the_texture(made):
+    report, _, config = made
+    density = report.facts.texels_per_m2
+    assert density.low <= density.median <= density.high
+    # No more texels than the texture has, and charts fill a good part of it.
+    filled = density.median * report.mesh.area / config.texture_px**2
+    assert 0.35 < filled < 1.0
+
+
+def test_wrong_colours_raise_the_albedo_difference_and_wrong_seams_show_as_edges(made):
+    mesh = load_mesh(made[0].files["glb"])
+    darker = replace(mesh, texture=(mesh.texture * 0.5).to(torch.uint8))
+    mean = float(
+        albedo_difference(Mug(), replace(mesh, texture=torch.zeros_like(mesh.texture)), Stream(0, "t"))
+    )
+    found = albedo_difference(Mug(), darker, Stream(0, "t"))
+    assert found == pytest.approx(mean / 2, rel=0.05)  # half of each colour is missing
+    holed = facts_of(replace(mesh, faces=mesh.faces[1:]), "glb", {})
+    assert (holed.boundary_edges, holed.non_manifold_edges) == (3, 0)
+    doubled = facts_of(replace(mesh, faces=torch.cat([mesh.faces, mesh.faces[:1]])), "glb", {})
+    assert doubled.non_manifold_edges == 3
+
+
+def test_formats_without_colours_are_counted_too(tmp_path):
+    config = AssetConfig(cells_per_side=32, max_faces=1000, texture_px=128)
+    for kind, file in (("stl", "stl"), ("usdz", None)):
+        block = make_asset(Mug(), tmp_path, replace(config, formats=(kind,))).as_dict()["fidelity"]
+        assert (block["psnr_db"], block["file"], block["components"]) == (None, file, 1)
+        assert block["boundary_edges"] == 0
+        assert list(block["file_bytes"]) == [kind]

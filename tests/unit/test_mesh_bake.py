@@ -1,5 +1,7 @@
 """Unwrapping and baking: texels know their surface point, and no empty texel colours the chart borders."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,11 @@ import trimesh
 
 from sds3d.errors import ExportError
 from sds3d.interfaces import Material, Scene, Surface
+from sds3d.mathx.brdf import bent_normal
 from sds3d.mesh.bake import Baked, bake, find_texels
 from sds3d.mesh.clean import vertex_normals
-from sds3d.mesh.textured import sample_texture
+from sds3d.mesh.tangents import from_tangent_space, vertex_tangents
+from sds3d.mesh.textured import TexturedMesh, sample_texture
 from sds3d.mesh.unwrap import unwrap
 
 SIZE = 128
@@ -140,3 +144,93 @@ def test_a_surface_without_faces_is_refused():
     nothing = Surface(vertices=torch.zeros(0, 3), faces=torch.zeros(0, 3, dtype=torch.int64))
     with pytest.raises(ExportError, match="no faces"):
         unwrap(nothing, texture_px=SIZE, padding_px=2)
+
+
+def test_bumps_of_the_material_are_in_the_normal_texture(parts):
+    """Decoded as a shader does it, the texture gives back the bent normal."""
+    surface, normals, atlas = parts
+    bump = torch.tensor([0.1, 0.3, -0.2])
+
+    class Bumpy(Painted):
+        def material(self, points):
+            return replace(super().material(points), bump=bump.expand(len(points), 3))
+
+    mesh = TexturedMesh(
+        vertices=surface.vertices[atlas.source],
+        faces=atlas.faces,
+        normals=normals[atlas.source],
+        uvs=atlas.uvs,
+    )
+    tangents = vertex_tangents(mesh)
+    options = {"texture_px": SIZE, "fine": surface, "tangents": tangents}
+    flat, bent = (bake(kind(lambda p: 0 * p), *parts, **options).normal for kind in (Painted, Bumpy))
+    texels = find_texels(*parts, SIZE)
+    covered = torch.from_numpy(texels.covered)
+    frame = texels.interpolate(mesh.normals, atlas.faces), texels.interpolate(tangents, atlas.faces)
+    found, plain = (from_tangent_space(image[covered] / 127.5 - 1.0, *frame) for image in (bent, flat))
+    expected = bent_normal(plain, bump.expand_as(plain))
+    assert (found * expected).sum(1).median() > 0.999
+    assert (found * plain).sum(1).median() < 0.98
+
+
+def mip(texture: torch.Tensor, level: int) -> torch.Tensor:
+    """A smaller version of an (H, W, 3) picture by averaging 2 x 2 texels `level` times, values in [0, 1]."""
+    image = texture.permute(2, 0, 1)[None].float() / 255.0
+    return torch.nn.functional.avg_pool2d(image, 2**level)
+
+
+def seen_on_surface(image: torch.Tensor, atlas, per_face: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bilinear values of a picture at points all over the surface, corners and chart borders too; and the weights."""
+    drawn = torch.rand(per_face, 3, generator=torch.Generator().manual_seed(1)) ** 3 + 1e-6
+    weights = torch.cat([torch.eye(3), drawn / drawn.sum(1, keepdim=True)])
+    uvs = torch.einsum("kc,fcd->fkd", weights, atlas.uvs[atlas.faces])
+    found = torch.nn.functional.grid_sample(
+        image, uvs[None] * 2.0 - 1.0, padding_mode="border", align_corners=False
+    )
+    return found[0].permute(1, 2, 0), weights
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_no_background_is_seen_on_the_surface_at_any_mip_level(parts, level):
+    """Colours without blue, shine without red: what the surface reads has none either, however small the mip."""
+    _, _, atlas = parts
+
+    class Shiny(Painted):
+        def material(self, points):
+            x = points[:, :1] / 2 + 0.5
+            return Material(
+                base_color=torch.cat([x, 1 - x, 0 * x], 1), metallic=1 - 0.5 * x, roughness=0.5 + 0.5 * x
+            )
+
+    made = bake(Shiny(None), *parts, texture_px=SIZE)
+    color, _ = seen_on_surface(mip(made.base_color, level), atlas)
+    assert color[..., 2].max() == 0.0
+    assert (
+        color.sum(-1) - 1.0
+    ).abs().max() < 0.01  # red + green = 1 everywhere on the object, and nowhere else
+    shine, _ = seen_on_surface(mip(made.metallic_roughness, level), atlas)
+    assert shine[..., 1:].min() > 0.49
+
+
+def test_the_background_would_be_noticed(parts):
+    """Guards the test above: with an unfilled background the surface reads it, from mip level 0 on."""
+    _, _, atlas = parts
+    covered = torch.from_numpy(find_texels(*parts, SIZE).covered)
+    filled = baked(parts, lambda p: torch.tensor([1.0, 0.5, 0.0]).expand(len(p), 3)).base_color
+    canary = torch.where(covered[..., None], filled, torch.tensor([255, 0, 255], dtype=torch.uint8))
+    blue = [seen_on_surface(mip(canary, level), atlas)[0][..., 2].mean() for level in (0, 1, 2, 3)]
+    assert blue[0] > 0.001
+    assert blue == sorted(blue)
+
+
+def test_at_mip_level_3_the_surface_still_has_its_colours(parts):
+    """Colour = position: how far the colours of a texel 8 texels wide are off, neighbouring charts included."""
+    surface, _, atlas = parts
+    texture = baked(parts, lambda p: p / 2 + 0.5).base_color
+    found, weights = seen_on_surface(mip(texture, 3), atlas)
+    true = torch.einsum("kc,fcd->fkd", weights, surface.vertices[surface.faces])
+    uv, xyz = atlas.uvs[atlas.faces], surface.vertices[surface.faces]
+    texel_m = float(((xyz - xyz.roll(1, 1)).norm(dim=2) / (uv - uv.roll(1, 1)).norm(dim=2)).mean()) / SIZE
+    error = (2 * found - 1 - true).norm(dim=-1)
+    assert error.mean() < 0.5 * 8 * texel_m
+    assert error.flatten().quantile(0.99) < 2 * 8 * texel_m  # bilinear reads reach over two of its texels

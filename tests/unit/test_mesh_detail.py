@@ -214,7 +214,7 @@ def test_placement_moves_the_file_and_not_its_likeness(tmp_path, pivot: str) -> 
 def test_placement_options_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"export\.pivot.*top.*scene, center, base"):
         load_job("default", override_layers(["export.pivot=top"]))
-    with pytest.raises(ConfigError, match=r"asset\.size_m"):
+    with pytest.raises(ConfigError, match=r"size_m is 0\.0; expected"):
         AssetConfig(size_m=0.0)
 
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sds3d.cameras.orbit import turntable_cameras
 from sds3d.errors import ConfigError, ExportError
 from sds3d.interfaces import Cameras, Render, Shading
+from sds3d.mesh.fit_iso import fitted_surface, see, see_surface
 from sds3d.rng import Stream
 from sds3d.scenes.shade import irradiance, shade
 from sds3d.scenes.voxel import VoxelScene, _lookup
@@ -246,3 +248,43 @@ def test_an_oracle_carves_a_ball_of_another_size_and_place() -> None:
         (made.render(unseen, shading, STREAM).rgb - truth.render(unseen, shading, STREAM).rgb).square().mean()
     )
     assert -10 * math.log10(error.item()) > 25
+
+
+def hard_ball(hardness: float) -> VoxelScene:
+    """The ball that a scene starts as, of radius 0.5, hardened."""
+    made = scene(VoxelScene.Config(resolutions=(32,), hardness=hardness, blob_radius_m=0.5))
+    return made.eval()
+
+
+def test_hardness_grows_during_its_part_of_the_run_and_multiplies_the_logits_alone() -> None:
+    made = scene(VoxelScene.Config(resolutions=(8,), hardness=16.0, harden_frac=(0.25, 0.75)))
+    assert [made.hardness(p) for p in (0.0, 0.25, 0.5, 0.75, 1.0)] == pytest.approx([1, 1, 4, 16, 16])
+    soft, hard = made.grid(progress=0.0), made.grid()
+    torch.testing.assert_close(hard[..., 0], 16 * soft[..., 0])
+    assert torch.equal(hard[..., 1:], soft[..., 1:])
+    early = made.penalties(made.render(cameras([0.0]), Shading(), STREAM, progress=0.0))
+    late = made.penalties(made.render(cameras([0.0]), Shading(), STREAM))
+    torch.testing.assert_close(late["tv_density"], early["tv_density"])
+
+
+def test_a_hard_field_looks_like_its_surface_and_a_soft_one_does_not() -> None:
+    differences = []
+    for hardness in (1.0, 30.0):
+        made = hard_ball(hardness)
+        view = turntable_cameras(1, 96)
+        seen = see(made, view)
+        differences.append(
+            float((see_surface(made, fitted_surface(made, 64, [view]), view) - seen).square().mean())
+        )
+    assert differences[1] < 0.1 * differences[0]
+
+
+def test_the_surface_lies_between_voxels_where_the_logit_crosses() -> None:
+    """Densities on both sides differ by orders of magnitude: a straight line between them would miss the radius."""
+    distance = hard_ball(30.0).surface(64).vertices.norm(dim=1)
+    assert float((distance - 0.5).abs().max()) < 0.2 * hard_ball(30.0).cell_m
+
+
+def test_bad_hardening_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"scene\.harden_frac: got \[0\.5, 0\.5\]"):
+        scene(VoxelScene.Config(harden_frac=(0.5, 0.5)))
