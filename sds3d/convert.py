@@ -1,50 +1,132 @@
-"""From one scene to another: any scene becomes a tetrahedral or a fixed mesh with the same shape and colours."""
+"""From one scene to another: any scene becomes a tetrahedral mesh, a fixed mesh, or Gaussians on its surface."""
 
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from sds3d.cameras.orbit import turntable_cameras
+from sds3d.config.option import option
 from sds3d.errors import ConfigError
 from sds3d.interfaces import Scene, Surface
-from sds3d.mathx.mesh_penalty import face_normals
-from sds3d.mesh.clean import clean
-from sds3d.mesh.fit_iso import fitted_surface
+from sds3d.mathx.pose import UpAxis
+from sds3d.mesh.splat_cloud import GaussianCloud
 from sds3d.rng import Stream
-from sds3d.scenes import SCENES, MeshScene, TetMeshScene
+from sds3d.scenes import SCENES, GaussianScene, MeshScene, TetMeshScene
+from sds3d.scenes.file_mesh import FileMesh
+from sds3d.scenes.gaussian_start import disc_values
+from sds3d.scenes.gaussians import PARAMETERS
 from sds3d.scenes.texture import TextureField
+from sds3d.surfaces import SurfaceWay, sample_surface, surface_of
 
-_ISO_PX = 64  # of the views that the iso value is fitted to
 _BATCH = 1 << 11  # surface points per regression step
 _POOL = 1 << 16  # surface points that the source is asked about, once
 _SPREAD_M = 0.01  # points lie this far off the surface, so that the texture holds where the mesh moves
 
 
-def converted(
-    scene: Scene, kind: str, config: Any, rng: Stream, *, cells: int, max_faces: int, texture_steps: int
-) -> Scene:
+@dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """Where the scene comes from, other than from nothing: another run or a mesh file, turned into this kind."""
+
+    run: str | None = option(
+        None,
+        help="run folder whose scene this run starts from; relative to this run's folder, else to here",
+        path=True,
+    )
+    mesh: str | None = option(
+        None,
+        help="mesh file (glb, gltf, obj, ply, stl, off) that this run textures; the run folder keeps a copy",
+        path=True,
+    )
+    up: UpAxis = option("y", help="axis of the mesh file that points up; the asset keeps the file's axes")
+    front_deg: float = option(
+        0.0, help="where its front is, counter-clockwise seen from above, 0 = +z (with up z: -y)"
+    )
+    reach_m: float = option(
+        0.94, help="how far it reaches from the middle before the cameras; the asset keeps its size", ge=0.01
+    )
+    keep_uvs: bool = option(False, help="keep the mesh file's texture coordinates instead of making new ones")
+    mesh_faces: int = option(
+        200_000, help="a mesh file with more faces is simplified to these", ge=100, le=5_000_000
+    )
+    surface: SurfaceWay = option(
+        "density",
+        help="how its surface is taken: density = an iso-surface of its field, tsdf = fused from depth renders",
+    )
+    cells: int = option(96, help="cells per side of the surface that is taken from it", ge=8, le=512)
+    max_faces: int = option(8000, help="faces of a mesh scene that is made from it", ge=100, le=1_000_000)
+    texture_steps: int = option(
+        200, help="steps in which a texture field learns its colours", ge=1, le=10_000
+    )
+    opacity: float = option(0.9, help="opacity of Gaussians that are put on it", ge=0.001, le=0.999)
+    scatter_m: float = option(
+        0.0, help="Gaussians lie up to this far off it (GaussianDreamer: 0.01)", ge=0.0, le=1.0
+    )
+    color_noise: float = option(
+        0.0, help="up to this much is added to their colours (GaussianDreamer: 0.2)", ge=0.0, le=1.0
+    )
+
+
+def converted(scene: Scene, kind: str, config: Any, rng: Stream, start: StartConfig) -> Scene:
     """The scene as another kind: the same kind with the same settings is taken as it is.
 
     Raises:
         ConfigError: there is no way from a finished scene to this kind. ExportError: the scene has no surface.
     """
+    steps, way = start.texture_steps, start.surface
     if kind == "tetmesh":
         if isinstance(scene, TetMeshScene) and scene.config == config:
             return scene
-        return tetmesh_from(scene, config.cells, config=config, rng=rng, texture_steps=texture_steps)
+        return tetmesh_from(scene, config.cells, config=config, rng=rng, texture_steps=steps, way=way)
+    if kind == "mesh" and isinstance(scene, MeshScene) and scene.file is not None:
+        return scene if scene.config == config else _same_file(scene, scene.file, config, rng, steps)
     if kind == "mesh":
         return mesh_from(
-            scene, cells, max_faces=max_faces, config=config, rng=rng, texture_steps=texture_steps
+            scene,
+            start.cells,
+            max_faces=start.max_faces,
+            config=config,
+            rng=rng,
+            texture_steps=steps,
+            way=way,
         )
+    if kind == "gaussians":
+        return gaussians_from(scene, config, rng, start)
     if type(scene) is SCENES[kind] and getattr(scene, "config", None) == config:
         return scene
     raise ConfigError(
         f"start.run: holds a {type(scene).__name__}, and a {kind!r} scene can only start from one with the same "
-        "settings; any scene can become a tetmesh or a mesh"
+        "settings; any scene with a surface can become a tetmesh, a mesh or gaussians"
     )
+
+
+def gaussians_from(
+    scene: Scene,
+    config: GaussianScene.Config | None = None,
+    rng: Stream | None = None,
+    start: StartConfig | None = None,
+) -> GaussianScene:
+    """`config.count` flat Gaussians on the surface of `scene`, in its colours; Gaussians are taken over as they are.
+
+    Opacity, scatter and colour noise are those of `start`: the noisy points around a rough shape from which
+    GaussianDreamer begins (Yi et al. 2024, arXiv:2310.08529, section 3.3). The source stays as it is. Raises
+    ExportError where it has no surface.
+    """
+    rng, config = rng or Stream(0, "convert"), config or GaussianScene.Config()
+    start = start or StartConfig()
+    made = GaussianScene(config, rng.fork("scene"))
+    if isinstance(scene, GaussianScene):
+        made.start_from({name: getattr(scene, name).detach().clone() for name in PARAMETERS})
+        made.pixel_m.copy_(scene.pixel_m)
+        return made.to(_device(scene))
+    surface = surface_of(scene, start.cells, max_faces=None, way=start.surface)
+    points, normals = sample_surface(surface, config.count, rng)
+    with torch.no_grad():
+        color = scene.material(points.to(_device(scene))).base_color.cpu().float()
+    color = color + start.color_noise * rng.fork("colors").uniform(*color.shape)
+    off = start.scatter_m * (2 * rng.fork("scatter").uniform(config.count, 1) - 1)
+    made.start_from(disc_values(points + off * normals, normals, color, start.opacity))
+    return made.to(_device(scene))
 
 
 def tetmesh_from(
@@ -54,11 +136,13 @@ def tetmesh_from(
     config: TetMeshScene.Config | None = None,
     rng: Stream | None = None,
     texture_steps: int = 200,
+    way: SurfaceWay = "density",
 ) -> TetMeshScene:
     """A tetrahedral mesh scene of `cells` per side that starts as the surface and the colours of `scene`.
 
-    The surface is the scene's own at the iso value that looks most like its renders; the signed distance to it starts
-    the lattice. `config` may set the rest; its `cells` are replaced. The source stays as it is.
+    The surface is the scene's own at the iso value that looks most like its renders, or fused from depth renders
+    (`way`); the signed distance to it starts the lattice. `config` may set the rest; its `cells` are replaced. The
+    source stays as it is.
 
     Raises:
         ExportError: the scene has no surface.
@@ -66,7 +150,7 @@ def tetmesh_from(
     """
     rng = rng or Stream(0, "convert")
     config = replace(config or TetMeshScene.Config(), cells=cells)
-    surface = _surface_of(scene, cells, max_faces=4 * cells * cells)
+    surface = surface_of(scene, cells, max_faces=4 * cells * cells, way=way)
     _check_extent(surface, config.half_extent_m * (1 - 2 / cells))
     made = TetMeshScene(config, rng.fork("scene"))
     made.start_from(surface)
@@ -83,6 +167,7 @@ def mesh_from(
     config: MeshScene.Config | None = None,
     rng: Stream | None = None,
     texture_steps: int = 200,
+    way: SurfaceWay = "density",
 ) -> MeshScene:
     """A fixed mesh scene of about `max_faces` faces with the surface and the colours of `scene`.
 
@@ -90,36 +175,37 @@ def mesh_from(
     """
     rng = rng or Stream(0, "convert")
     config = config or MeshScene.Config()
-    surface = _surface_of(scene, cells, max_faces=max_faces)
+    surface = surface_of(scene, cells, max_faces=max_faces, way=way)
     _check_extent(surface, config.half_extent_m)
     made = MeshScene(config, surface, rng.fork("scene")).to(_device(scene))
     _learn_texture(made.texture, scene, surface, rng.fork("texture"), texture_steps)
     return made
 
 
-def sample_surface(
-    surface: Surface, count: int, rng: Stream
-) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:
-    """`count` points spread evenly over the area of a surface, and the unit normals of their faces."""
-    normal = face_normals(surface.vertices, surface.faces)
-    area = normal.norm(dim=1).double().cumsum(0)
-    draw = rng.fork("points").uniform(count, 3)
-    face = torch.searchsorted(area, draw[:, 0].double() * area[-1]).clamp_max(len(area) - 1)
-    root = draw[:, 1:2].sqrt()
-    weights = torch.cat([1 - root, root * (1 - draw[:, 2:]), root * draw[:, 2:]], 1)
-    points = (surface.vertices[surface.faces[face]] * weights[..., None]).sum(1)
-    return points, torch.nn.functional.normalize(normal[face], dim=1, eps=1e-12)
+def cloud_of(scene: GaussianScene) -> GaussianCloud:
+    """The Gaussians of a scene as splat files hold them, on the CPU and without gradient."""
+    cloud = GaussianCloud(
+        means=scene.means,
+        quats_wxyz=scene.quats,
+        scales=scene.scales,
+        opacity=scene.opacity,
+        color=scene.color,
+    )
+    return cloud.on_cpu()
 
 
-def _surface_of(scene: Scene, cells: int, *, max_faces: int) -> Surface:
-    views = [turntable_cameras(4, _ISO_PX), turntable_cameras(2, _ISO_PX, 55.0)]
-    was_training = scene.training
-    scene.eval()
-    try:
-        raw = fitted_surface(scene, cells, views)
-    finally:
-        scene.train(was_training)
-    return clean(raw, max_faces=max_faces, smooth_rounds=2)
+def _same_file(
+    scene: MeshScene, file: FileMesh, config: MeshScene.Config, rng: Stream, texture_steps: int
+) -> MeshScene:
+    """The same mesh of the same file in a scene with other settings."""
+    surface, file = scene.surface(0), deepcopy(file)
+    _check_extent(surface, config.half_extent_m)
+    if bool(scene.offset.any()):  # from here on this is where the vertices are
+        moved = file.pose.inverse().points(surface.vertices[file.source.cpu()])
+        file.positions = moved.to(file.positions)
+    made = MeshScene(config, surface, rng.fork("scene"), file).to(_device(scene))
+    _learn_texture(made.texture, scene, surface, rng.fork("texture"), texture_steps)
+    return made
 
 
 def _check_extent(surface: Surface, half_extent_m: float) -> None:

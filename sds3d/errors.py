@@ -59,6 +59,12 @@ class ExportError(Sds3dError):
     exit_code = 4
 
 
+class NoSurfaceError(ExportError):
+    """There is nothing to make a mesh of: the scene has no surface, or the surface no faces."""
+
+    exit_code = 2
+
+
 def explained(error: BaseException) -> tuple[str, int] | None:
     """(message for the user, exit status) of a failure that a user can cause or meet; None for a defect."""
     if isinstance(error, Sds3dError):

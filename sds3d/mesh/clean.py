@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from sds3d.errors import ConfigError, ExportError
+from sds3d.errors import ConfigError, NoSurfaceError
 from sds3d.interfaces import Surface
+from sds3d.mesh.checks import check_mesh
+from sds3d.mesh.weld import same_places
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -77,11 +79,8 @@ def tidy(surface: Surface) -> Surface:
     vertices, faces = to_arrays(surface)
     if len(faces) == 0:
         return to_surface(vertices[:0], faces)
-    _, first, group = np.unique(vertices, axis=0, return_index=True, return_inverse=True)
-    order = np.argsort(first, kind="stable")  # keep the order of first appearance
-    rank = np.zeros(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    vertices, faces = vertices[first[order]], rank[group.reshape(-1)][faces]
+    first, group = same_places(vertices)
+    vertices, faces = vertices[first], group[faces]
     distinct = (faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])
     faces = faces[distinct]
     return _without_unused(vertices, _cancel_twins(faces))
@@ -132,9 +131,10 @@ def fill_holes(surface: Surface) -> Surface:
             hub = len(vertices) + len(centres)
             centres.append(vertices[rest].mean(0))
             patches += [(rest[i], rest[(i + 1) % len(rest)], hub) for i in range(len(rest))]
-    return to_surface(
-        np.concatenate([vertices, *[c[None] for c in centres]]), np.concatenate([faces, patches])
-    )
+    closed = np.concatenate(
+        [faces, np.array(patches, np.int64).reshape(-1, 3)]
+    )  # knotted borders form no loop
+    return to_surface(np.concatenate([vertices, *[c[None] for c in centres]]), closed)
 
 
 def smooth(surface: Surface, rounds: int, *, shrink: float = 0.5, grow: float = -0.53) -> Surface:
@@ -169,17 +169,33 @@ def decimate(surface: Surface, max_faces: int) -> Surface:
     if len(faces) <= max_faces:
         return surface
     was_closed = measure(surface).watertight
+    unit, shift = _unit_of(vertices)
     results = []
     for aggressiveness in AGGRESSIVENESS:
         points, triangles = fast_simplification.simplify(
-            vertices, faces.astype(np.int32), target_count=max_faces, agg=aggressiveness
+            (vertices - shift) / unit, faces.astype(np.int32), target_count=max_faces, agg=aggressiveness
         )
-        smaller = tidy(to_surface(points.astype(np.float64), triangles.astype(np.int64)))
+        points = points.astype(np.float64) * unit + shift
+        smaller = tidy(to_surface(points, triangles.astype(np.int64)))
         results.append(orient_outward(untie(smaller) if was_closed else smaller))
         enough = len(results[-1].faces) <= max_faces * 1.02
         if enough and (not was_closed or measure(results[-1]).watertight):
             return results[-1]
     return results[0]
+
+
+def _unit_of(vertices: Floats) -> tuple[float, Floats]:
+    """(unit, shift) that bring vertices to a size of about 1 near the origin: the errors of collapses are absolute.
+
+    The unit is a power of two and the shift zero unless the object lies beside the origin, so that nothing is rounded
+    without need.
+    """
+    low, high = vertices.min(0), vertices.max(0)
+    middle, reach = (low + high) / 2.0, float((high - low).max()) / 2.0
+    if reach == 0.0:
+        return 1.0, np.zeros(3)
+    beside = float(np.abs(middle).max()) > reach
+    return 2.0 ** float(np.ceil(np.log2(reach))), middle if beside else np.zeros(3)
 
 
 def untie(surface: Surface) -> Surface:
@@ -199,12 +215,14 @@ def clean(
 ) -> Surface:
     """The whole way from a raw iso-surface to the mesh that is unwrapped, or to that before it is decimated (None).
 
-    Raises ExportError if nothing is left.
+    Raises NoSurfaceError if nothing is left, ExportError if vertices are not finite.
     """
+    if len(surface.faces):
+        check_mesh(surface.vertices, surface.faces, "clean: the scene's surface")
     surface = drop_specks(tidy(surface), min_frac)
     surface = orient_outward(fill_holes(surface))
     if len(surface.faces) == 0:
-        raise ExportError("clean: the scene's surface has no faces; the scene is empty at its iso value")
+        raise NoSurfaceError("clean: the scene's surface has no faces; the scene is empty at its iso value")
     fine = smooth(surface, smooth_rounds)
     return fine if max_faces is None else decimate(fine, max_faces)
 

@@ -4,23 +4,19 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 import trimesh
-from PIL import Image
 from torch import Tensor
 
-from sds3d.errors import ConfigError, ExportError, InputError
-from sds3d.interfaces import Surface
-from sds3d.mesh.clean import vertex_normals
+from sds3d.errors import ConfigError, ExportError
+from sds3d.mesh.checks import check_mesh
 from sds3d.mesh.gltf import Metadata, encode_glb, encode_gltf, png_bytes, read_metadata
-from sds3d.mesh.tangents import vertex_tangents
+from sds3d.mesh.read import load_mesh
 from sds3d.mesh.textured import TexturedMesh, sample_texture
 from sds3d.mesh.usdz import encode_usdz
+from sds3d.mesh.weld import same_places
 
 Files = dict[str, bytes]  # contents by file name; the first is the one that a user opens
 Exporter = Callable[[TexturedMesh, str, Metadata], Files]
@@ -113,12 +109,33 @@ def export_mesh(
     mesh: TexturedMesh, folder: Path, stem: str, formats: Sequence[str], metadata: Metadata | None = None
 ) -> dict[str, Path]:
     """Write a mesh in all formats, whole or not at all; returns the main file of each format."""
+    return write_formats(folder, encode_mesh(mesh, stem, formats, metadata or {}))
+
+
+def encode_mesh(
+    mesh: TexturedMesh, stem: str, formats: Sequence[str], metadata: Metadata
+) -> dict[str, Files]:
+    """The files of every format.
+
+    Raises:
+        ConfigError: unknown formats, or a name that is no file name. ExportError: no file can hold this mesh.
+    """
     check_formats(formats)
-    if not stem or any(letter in '<>:"/\\|?* ' or letter < " " for letter in stem) or stem[0] == ".":
-        raise ConfigError(f"export: {stem!r} cannot be a file name; use letters, digits, '-', '_' and '.'")
-    contents = {name: EXPORTERS[name](mesh, stem, metadata or {}) for name in formats}
+    check_stem(stem)
+    check_mesh(mesh.vertices, mesh.faces, "export: the mesh")
+    return {name: EXPORTERS[name](mesh, stem, metadata) for name in formats}
+
+
+def write_formats(folder: Path, contents: Mapping[str, Files]) -> dict[str, Path]:
+    """Write what `encode_mesh` made, whole or not at all; returns the main file of each format."""
     write_files(folder, {file: data for files in contents.values() for file, data in files.items()})
     return {name: folder / next(iter(files)) for name, files in contents.items()}
+
+
+def check_stem(stem: str) -> None:
+    """Raise ConfigError unless `stem` can begin a file name on every system."""
+    if not stem or any(letter in '<>:"/\\|?* ' or letter < " " for letter in stem) or stem[0] == ".":
+        raise ConfigError(f"{stem!r} cannot be a file name; use letters, digits, '-', '_' and '.'")
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
@@ -157,23 +174,6 @@ def _umask() -> int:
     return mask
 
 
-def load_mesh(path: Path) -> TexturedMesh:
-    """Read any exported file (glb, gltf, obj, ply, stl) back from disk. Raises InputError if it cannot be read."""
-    path = Path(path)
-    readable = [name for name in EXPORTERS if name != "usdz"]
-    if path.suffix.lower().lstrip(".") not in readable:
-        raise InputError(f"{path}: unknown format; known formats: {', '.join(readable)}")
-    try:
-        # Not maintain_order: it would give each shared OBJ position one texture coordinate only.
-        found = trimesh.load_scene(path, process=False)
-    except Exception as error:
-        raise InputError(f"{path}: cannot be read as a mesh ({type(error).__name__}: {error})") from error
-    meshes = [geometry for geometry in found.geometry.values() if isinstance(geometry, trimesh.Trimesh)]
-    if len(meshes) != 1:
-        raise InputError(f"{path}: holds {len(meshes)} meshes, expected exactly 1")
-    return _from_trimesh(meshes[0])
-
-
 def load_glb(path: Path) -> tuple[TexturedMesh, dict[str, object]]:
     """Mesh and metadata of a glb or gltf file."""
     return load_mesh(path), read_metadata(Path(path).read_bytes())
@@ -182,10 +182,8 @@ def load_glb(path: Path) -> tuple[TexturedMesh, dict[str, object]]:
 def welded(mesh: TexturedMesh) -> tuple[np.ndarray, np.ndarray]:
     """Distinct positions (w, 3), and for each vertex of the mesh its row there: the mesh before the seams were cut."""
     vertices = mesh.vertices.detach().cpu().numpy()
-    _, first, group = np.unique(vertices, axis=0, return_index=True, return_inverse=True)
-    order = np.argsort(first, kind="stable")
-    rank = np.argsort(order, kind="stable")
-    return vertices[first[order]], rank[group.reshape(-1)]
+    first, group = same_places(vertices)
+    return vertices[first], group
 
 
 def _plain(mesh: TexturedMesh, *, colors: bool) -> trimesh.Trimesh:
@@ -206,41 +204,6 @@ def _vertex_colors(mesh: TexturedMesh) -> np.ndarray:
     if mesh.texture is not None and mesh.uvs is not None:
         return np.rint(sample_texture(mesh.texture, mesh.uvs).numpy() * 255.0).astype(np.uint8)
     return mesh.colors.numpy() if mesh.colors is not None else np.full((len(mesh.vertices), 3), 255, np.uint8)
-
-
-def _from_trimesh(mesh: trimesh.Trimesh) -> TexturedMesh:
-    vertices = torch.from_numpy(np.ascontiguousarray(mesh.vertices, dtype=np.float32))
-    faces = torch.from_numpy(np.ascontiguousarray(mesh.faces, dtype=np.int64))
-    if "vertex_normals" in mesh._cache:
-        normals = torch.from_numpy(np.ascontiguousarray(mesh.vertex_normals, dtype=np.float32))
-    else:
-        normals = vertex_normals(Surface(vertices=vertices, faces=faces))
-    plain = TexturedMesh(vertices=vertices, faces=faces, normals=normals)
-    visual: Any = mesh.visual
-    if visual.kind == "vertex":
-        return replace(plain, colors=torch.from_numpy(np.ascontiguousarray(visual.vertex_colors[:, :3])))
-    if visual.kind != "texture" or visual.uv is None:
-        return plain
-    uvs = np.asarray(visual.uv, np.float64) * [1.0, -1.0] + [0.0, 1.0]  # trimesh counts v upwards
-    material = visual.material
-    pbr = material if isinstance(material, trimesh.visual.material.PBRMaterial) else material.to_pbr()
-    mapped = replace(plain, uvs=torch.from_numpy(uvs.astype(np.float32)))
-    detail = _pixels(pbr.normalTexture)
-    return replace(
-        mapped,
-        normal_texture=detail,
-        tangents=None if detail is None else vertex_tangents(mapped),
-        texture=_pixels(pbr.baseColorTexture),
-        metallic_roughness=_pixels(pbr.metallicRoughnessTexture),
-        occluded=pbr.occlusionTexture is not None,
-        metallic=float(pbr.metallicFactor if pbr.metallicFactor is not None else 1.0),
-        roughness=float(pbr.roughnessFactor if pbr.roughnessFactor is not None else 1.0),
-        closed=not pbr.doubleSided,
-    )
-
-
-def _pixels(image: Image.Image | None) -> Tensor | None:
-    return None if image is None else torch.from_numpy(np.array(image.convert("RGB")))
 
 
 def _rows(keyword: str, values: np.ndarray) -> list[str]:

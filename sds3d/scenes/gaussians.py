@@ -7,26 +7,26 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from sds3d.config.option import option
-from sds3d.errors import ConfigError, ExportError
+from sds3d.errors import ConfigError, NoSurfaceError
 from sds3d.interfaces import Cameras, Material, Optimizer, ParamGroup, Render, Scene, Shading, Surface
 from sds3d.mathx import penalty
 from sds3d.mesh.isosurface import marching_cubes
 from sds3d.ops.depth_normals import depth_normals
 from sds3d.ops.splat import rasterize_gaussians
+from sds3d.ops.splat_depth import median_depth
 from sds3d.ops.splat_reference import BLUR_PX2
 from sds3d.rng import Stream
 from sds3d.scenes.gaussian_adapt import Rows, grow, relocate
 from sds3d.scenes.gaussian_density import Palette, make_palette, solid_lattice
+from sds3d.scenes.gaussian_start import random_values
 from sds3d.scenes.shade import shade
 
 PARAMETERS = ("means", "log_scales", "quats", "opacity_logits", "color_logits")
 _STATISTICS = ("gradient_sum", "gradient_count")
 _PIXEL_M = 0.0375  # of a 64 px view at 3.3 m and 40 deg, for a scene that was never trained
-_NEAREST = 3  # neighbours whose mean distance sets the first scales
 _SURFACE = 1 - math.sqrt(0.5)  # opacity from outside at which the solid begins, see `gaussian_density`
 
 
@@ -100,25 +100,20 @@ class GaussianScene(Scene):
     def __init__(self, config: Config, rng: Stream) -> None:
         super().__init__()
         self.config = config
-        means = _start(config, rng.fork("means"))
-        count = len(means)
-        distances, _ = cKDTree(means.numpy()).query(means.numpy(), k=_NEAREST + 1)
-        spacing = torch.from_numpy(distances[:, 1:].mean(1))
-        logit = math.log(config.start_opacity / (1 - config.start_opacity))
-        values = {
-            "means": means,
-            "log_scales": spacing.clamp_min(1e-4).float().log()[:, None].repeat(1, 3),
-            "quats": nn.functional.normalize(rng.fork("quats").normal(count, 4), dim=-1),
-            "opacity_logits": torch.full((count,), logit),
-            "color_logits": 0.1 * rng.fork("colors").normal(count, 3),
-        }
+        values = random_values(config, rng)
         for name, value in values.items():
             self.register_parameter(name, nn.Parameter(value))
         for name in _STATISTICS:
-            self.register_buffer(name, torch.zeros(count))
+            self.register_buffer(name, torch.zeros(len(values["means"])))
         self.register_buffer("pixel_m", torch.zeros(()))
         self._made_palette: tuple[object, Palette] | None = None
         self._adapt_rng = rng.fork("adapt")
+
+    def start_from(self, values: Mapping[str, Tensor]) -> None:
+        """Take raw parameters by name (see `gaussian_start`), of any number of Gaussians, as the start."""
+        count = len(values["means"])
+        fresh = {name: torch.zeros(count) for name in _STATISTICS}
+        self.load_state_dict({**values, **fresh, "pixel_m": self.pixel_m})
 
     @property
     def scales(self) -> Float[Tensor, "g 3"]:
@@ -150,14 +145,21 @@ class GaussianScene(Scene):
             cameras,
             background if plain else torch.zeros_like(background),
         )
-        rgb, normal = image.rgb, None
+        rgb = albedo = image.rgb
+        normal = None
+        if not plain or "normal" in shading.also:
+            normal = depth_normals(image.depth, image.alpha, cameras)
         if not plain:
             if shading.light is None:
                 raise ConfigError(f"shading mode {shading.mode!r} needs light directions")
-            normal = depth_normals(image.depth, image.alpha, cameras)
-            rgb = _light(rgb, image.alpha, normal, shading) + (1 - image.alpha) * background[:, :, None, None]
+            assert normal is not None
+            behind = (1 - image.alpha) * background[:, :, None, None]
+            albedo = image.rgb + behind
+            rgb = _light(image.rgb, image.alpha, normal, shading) + behind
         own = _View(progress, (cameras.radius / cameras.intrinsics[:, 1, 1]).mean())
-        return Render(rgb=rgb, alpha=image.alpha, depth=image.depth, normal=normal, private=own)
+        return Render(
+            rgb=rgb, alpha=image.alpha, depth=image.depth, normal=normal, albedo=albedo, private=own
+        )
 
     def groups(self) -> Sequence[ParamGroup]:
         """One group per kind of parameter."""
@@ -238,7 +240,7 @@ class GaussianScene(Scene):
     def surface(self, cells_per_side: int, *, iso_factor: float = 1.0) -> Surface:
         """The boundary of what is hidden from all sides, closed; see `gaussian_density`.
 
-        Raises ExportError when nothing is more than half opaque.
+        Raises NoSurfaceError when nothing is more than half opaque.
         """
         with torch.no_grad():
             seen = self.opacity >= self.config.dead_opacity
@@ -258,11 +260,15 @@ class GaussianScene(Scene):
             blur_m=math.sqrt(BLUR_PX2) * pixel,
         )
         if not float(solid.max()) > _SURFACE:
-            raise ExportError(
+            raise NoSurfaceError(
                 f"the scene is empty: its most hidden point is {float(solid.max()):.0%} opaque from outside, a surface "
                 f"needs {_SURFACE:.0%}. Train longer, or lower the weight of the opacity penalty."
             )
         return marching_cubes(solid, iso_factor * _SURFACE, half)
+
+    def surface_depth(self, cameras: Cameras) -> tuple[Float[Tensor, "b 1 H W"], Float[Tensor, "b 1 H W"]]:
+        """(depth at which each ray is half opaque, alpha), see `median_depth`; without gradient."""
+        return median_depth(self.means, self.quats, self.scales, self.opacity, cameras)
 
     def material(self, points: Float[Tensor, "n 3"]) -> Material:
         """Base colour of the Gaussians around each point; dielectric, roughness 0.6."""
@@ -308,10 +314,3 @@ def _light(rgb: Tensor, alpha: Tensor, normal: Tensor, shading: Shading) -> Tens
     light = shading.light.to(rgb).repeat_interleave(height * width, 0)
     lit = shade(albedo, facing, replace(shading, light=light, background=None))
     return alpha * lit.view(views, height, width, 3).movedim(-1, 1)
-
-
-def _start(config: GaussianScene.Config, rng: Stream) -> Float[Tensor, "g 3"]:
-    direction = nn.functional.normalize(rng.fork("direction").normal(config.count, 3), dim=-1)
-    if config.start == "sphere":
-        return direction * config.start_radius_m
-    return direction * rng.fork("radius").uniform(config.count, 1) ** (1 / 3) * config.start_radius_m
