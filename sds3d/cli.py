@@ -33,6 +33,7 @@ app.add_typer(bench_app, name="bench")
 config_app = typer.Typer(help="Look at configs.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 
+Options = dict[str, tuple[str, str | int | float | None]]
 Words = Annotated[list[str] | None, typer.Argument(metavar="PROMPT|KEY=VALUE")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 ConfigOption = Annotated[str, typer.Option("--config", help="A name from `sds3d configs`, or a YAML file.")]
@@ -53,16 +54,30 @@ def generate(
     formats: Annotated[str | None, typer.Option("--formats", "--format", help="E.g. glb,obj,ply.")] = None,
 ) -> None:
     """Make a 3D asset from a prompt, e.g. sds3d generate "a red mug" --seed 1 guidance.cfg_scale=10."""
-    prompt, overrides = split_words(words or [])
-    layers = override_layers(overrides)
-    options: dict[str, tuple[str, str | int | None]] = {
-        "prompt": ("the prompt", prompt),
+    options = _common(seed, steps, device, prior, negative)
+    _generate(words or [], config, out, options, formats)
+
+
+def _common(
+    seed: int | None, steps: int | None, device: str | None, prior: str | None, negative: str | None
+) -> Options:
+    """Options that all ways of making an asset share, by the setting that they stand for."""
+    return {
         "seed": ("--seed", seed),
         "steps": ("--steps", steps),
         "device": ("--device", device),
         "prior.name": ("--prior", prior),
         "negative_prompt": ("--negative", negative),
     }
+
+
+def _generate(
+    words: Sequence[str], config: str, out: Path | None, options: Options, formats: str | None
+) -> None:
+    """Run a config with the words and options of the command line on top, and say where the files are."""
+    prompt, overrides = split_words(words)
+    layers = override_layers(overrides)
+    options = {"prompt": ("the prompt", prompt), **options}
     layers += [setting(key, value, source) for key, (source, value) in options.items() if value is not None]
     if formats is not None:
         layers += override_layers([f"export.formats=[{', '.join(split_formats(formats))}]"], "--formats")
@@ -75,6 +90,36 @@ def generate(
     with _progress() as (listeners, stop):
         result = generate_stages(stages, out, config_name=config, listeners=listeners, stop=stop)
     _conclude(result)
+
+
+@app.command()
+def texture(
+    mesh: Annotated[Path, typer.Argument(metavar="MESH", help="A glb, gltf, obj, ply, stl or off file.")],
+    words: Words = None,
+    config: ConfigOption = "toybox/texture",
+    out: Annotated[Path | None, typer.Option(help="Folder for the run; must be new or empty.")] = None,
+    up: Annotated[str | None, typer.Option(help="The file's upward axis: y (default), z, -y, x, ...")] = None,
+    front: Annotated[
+        float | None, typer.Option(help="Where its front is, degrees counter-clockwise from above.")
+    ] = None,
+    keep_uvs: Annotated[bool, typer.Option("--keep-uvs", help="Keep its texture coordinates.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Fixes every random number.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    prior: Annotated[
+        str | None, typer.Option(help="A name from `sds3d priors`, a folder, or a hub id.")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
+    formats: Annotated[str | None, typer.Option("--formats", "--format", help="E.g. glb,obj,ply.")] = None,
+) -> None:
+    """Texture a mesh and keep its shape, e.g. sds3d texture mug.stl "a red mug" --up z."""
+    options = _common(seed, steps, device, prior, negative) | {
+        "start.mesh": ("MESH", str(mesh)),
+        "start.up": ("--up", up),
+        "start.front_deg": ("--front", front),
+    }
+    kept = ["start.keep_uvs=true"] if keep_uvs else []
+    _generate([*(words or []), *kept], config, out, options, formats)
 
 
 @app.command()
@@ -137,13 +182,27 @@ def resume(run: RunFolder) -> None:
 @app.command()
 def export(
     run: RunFolder,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="export.KEY=VALUE")] = None,
     formats: Annotated[str | None, typer.Option("--format", "--formats", help="E.g. glb,obj,ply.")] = None,
+    faces: Annotated[int | None, typer.Option(help="Triangles at most.")] = None,
+    texture: Annotated[
+        int | None, typer.Option(help="Side of the textures in pixels, a power of two.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="File name without extension; asset if left out.")] = None,
 ) -> None:
-    """Write the asset of a run's last checkpoint again, in other formats if given."""
+    """Write the asset of a run's last checkpoint again, in other formats and with other budgets if given."""
+    options: dict[str, tuple[str, str | int | None]] = {
+        "export.max_faces": ("--faces", faces),
+        "export.texture_px": ("--texture", texture),
+        "export.name": ("--name", name),
+    }
+    layers = override_layers(overrides or [])
+    layers += [setting(key, value, source) for key, (source, value) in options.items() if value is not None]
     from sds3d.staged import export_any
 
     with _progress() as (listeners, _):
-        result = export_any(run, split_formats(formats) if formats else (), listeners=listeners)
+        wanted = split_formats(formats) if formats else ()
+        result = export_any(run, wanted, layers=layers, listeners=listeners)
     _conclude(result)
 
 
@@ -151,7 +210,7 @@ def export(
 def relight(
     asset: Annotated[Path, typer.Argument(metavar="ASSET", help="A .glb, .gltf, .obj, .ply or .stl file.")],
     env: Annotated[
-        str, typer.Option(help="studio, sunset, noon, overcast, neon, or a lat-long file.")
+        str, typer.Option(help="studio, sunset, noon, overcast, neon, toybox, or a lat-long file.")
     ] = "studio",
     out: Annotated[
         Path | None, typer.Option(help="Folder for the pictures; beside the asset if left out.")
@@ -174,6 +233,34 @@ def relight(
     )
     for path in run_relight(asset, out or asset.parent, config).values():
         typer.echo(str(path))
+
+
+@app.command()
+def compact(
+    source: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="A run folder, or a splat file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the file; beside the source if left out.")
+    ] = None,
+    max_loss: Annotated[float, typer.Option(help="PSNR that may be lost, in dB.")] = 1.0,
+    like: Annotated[
+        float, typer.Option(help="PSNR to the original's own renders that is kept, in dB.")
+    ] = 40.0,
+    ratio: Annotated[float | None, typer.Option(help="Stop once the file is this much smaller.")] = None,
+    format_: Annotated[str, typer.Option("--format", help="spz or splat.")] = "spz",
+    steps: Annotated[int, typer.Option(help="Fine-tuning steps per round.")] = 60,
+    size: Annotated[int, typer.Option(help="Side of the compared pictures in pixels.")] = 128,
+) -> None:
+    """Make the splats of a run much smaller: prune, recover, quantise; writes splats.compact.spz and a report."""
+    from sds3d.compact.command import compact as run_compact
+    from sds3d.compact.shrink import CompactConfig
+
+    config = CompactConfig(
+        format=format_, max_loss_db=max_loss, like_db=like, ratio=ratio, steps=steps, size_px=size
+    )
+    result = run_compact(source, out, config, lambda line: typer.echo(line, err=True))
+    typer.echo(result.line)
+    typer.echo(str(result.file))
+    typer.echo(str(result.report))
 
 
 @app.command()
@@ -238,6 +325,115 @@ def priors(
     else:
         for line in table():
             typer.echo(line)
+
+
+@app.command()
+def batch(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="prompts.txt (one per line) or jobs.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+    config: ConfigOption = "default",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the batch; the same command goes on where it stopped.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one per GPU.")] = None,
+    engine: Annotated[str, typer.Option(help="local, ray or slurm.")] = "local",
+    best_of: Annotated[int, typer.Option(min=1, max=1000, help="Candidates (seeds) per job.")] = 1,
+    score: Annotated[str, typer.Option(help="auto, none, judge or clip:FOLDER.")] = "auto",
+    retries: Annotated[int, typer.Option(min=0, max=100, help="More attempts at a job that died.")] = 2,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="E.g. guidance.cfg_scale=7.5,30; repeatable.")
+    ] = None,
+    root: Annotated[
+        list[Path] | None, typer.Option(help="A folder whose files the batch file may name; repeatable.")
+    ] = None,
+    storage: Annotated[str | None, typer.Option(help="Ray: folder or URL that all machines see.")] = None,
+    cpus_per_job: Annotated[float | None, typer.Option(min=0.01, help="Ray and Slurm.")] = None,
+    gpus_per_job: Annotated[float | None, typer.Option(min=0.0, help="Ray and Slurm.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray: the cluster; default: this machine.")] = None,
+    slurm: Annotated[list[str] | None, typer.Option(help="Slurm: e.g. partition=gpu; repeatable.")] = None,
+) -> None:
+    """Make many assets from one file, here or on a cluster; writes a summary and report.html."""
+    from sds3d.batch.run import BatchConfig, run_batch
+    from sds3d.batch.table import BatchTable
+    from sds3d.run import Stop
+
+    words = BatchConfig(
+        file=file,
+        out=out,
+        config=config,
+        overrides=tuple(overrides or ()),
+        sweep=tuple(sweep or ()),
+        engine=engine,
+        workers=workers,
+        best_of=best_of,
+        scorer=score,
+        retries=retries,
+        roots=tuple(root or ()),
+        storage=storage,
+        cpus=cpus_per_job,
+        gpus=gpus_per_job,
+        address=address,
+        slurm=tuple(slurm or ()),
+    )
+    table, stop = BatchTable(), Stop()
+    with heeding_signals(stop):
+        try:
+            summary = run_batch(
+                words,
+                stopped=lambda: stop.asked,
+                on_change=table,
+                say=lambda line: typer.echo(line, err=True),
+            )
+        finally:
+            table.close()
+    for name in ("summary.json", "summary.csv", "report.html"):
+        typer.echo(str(words.folder() / name))
+    typer.echo(f"{summary['done']} of {summary['jobs']} done, {summary['failed']} failed", err=True)
+    if stop.asked:
+        typer.echo("interrupted; the same command goes on", err=True)
+        raise typer.Exit(128 + (stop.signal or signal.SIGINT))
+    if summary["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def ui(
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 = reachable by others.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 = the first free one from 7860.")] = 7860,
+    share: Annotated[
+        bool, typer.Option("--share", help="Also through a public tunnel of gradio's operators.")
+    ] = False,
+    auth: Annotated[
+        list[str] | None, typer.Option(metavar="USER:PASSWORD", help="Ask for a login; repeatable.")
+    ] = None,
+    allowed_root: Annotated[
+        Path, typer.Option(help="The folder of all runs; nothing outside it is read or written.")
+    ] = Path("outputs"),
+    max_queue: Annotated[int, typer.Option(help="Jobs that may wait.")] = 20,
+    workers: Annotated[int, typer.Option(help="Jobs at the same time.")] = 1,
+) -> None:
+    """Open the browser interface: type words, watch the model take shape, download it."""
+    from sds3d.ui.serve import ServeConfig, Server, login, notes
+
+    config = ServeConfig(
+        host=host,
+        port=port,
+        share=share,
+        auth=tuple(login(text) for text in auth or ()),
+        root=allowed_root,
+        max_queue=max_queue,
+        workers=workers,
+    )
+    for line in notes(config):
+        typer.echo(line, err=True)
+    server = Server(config)
+    typer.echo(f"sds3d is ready: {server.url}")
+    if server.share_url:
+        typer.echo(f"for everybody: {server.share_url}")
+    typer.echo("Ctrl-C ends it; a run in progress is saved first.", err=True)
+    server.serve()
 
 
 @bench_app.command("guidance")

@@ -50,7 +50,12 @@ def load_stages(config: str = "default", layers: Sequence[Table] = ()) -> list[S
     Raises:
         ConfigError: names twice, unknown names in overrides, or any fault of the settings themselves.
     """
-    below, listed = _split(file_layers(find_config(config)))
+    return stages_from(file_layers(find_config(config)), layers)
+
+
+def stages_from(config: Sequence[Table], layers: Sequence[Table] = ()) -> list[Stage]:
+    """As `load_stages`, from the layers of a config that was read before."""
+    below, listed = _split(config)
     above, changes = _split(layers)
     tables = _named(listed[-1]) if listed else {}
     names = list(tables)
@@ -115,15 +120,7 @@ def generate_stages(
     """
     if len(stages) == 1:
         return generate(stages[0].job, out, config_name=config_name, listeners=listeners, stop=stop)
-    jobs = [
-        stage.job if index == 0 else _after(stage.job, folder_name(index - 1, stages[index - 1].name))
-        for index, stage in enumerate(stages)
-    ]
-    for stage, job in zip(stages, jobs, strict=True):
-        try:
-            job.validate()
-        except ConfigError as error:
-            raise ConfigError(f"stage {stage.name}: {error}") from error
+    jobs = checked_jobs(stages)
     folder = claim_folder(out) if out is not None else claim_run_folder(config_name, jobs[0].text())
     (folder / KEY).mkdir()
     entries = []
@@ -143,6 +140,20 @@ def generate_stages(
     return _go_on(folder, manifest, listeners, stop or Stop())
 
 
+def checked_jobs(stages: Sequence[Stage]) -> list[JobConfig]:
+    """The jobs of all stages as they will run, each from the one before; raises what a run would refuse."""
+    jobs = [
+        stage.job if index == 0 else _after(stage.job, folder_name(index - 1, stages[index - 1].name))
+        for index, stage in enumerate(stages)
+    ]
+    for stage, job in zip(stages, jobs, strict=True):
+        try:
+            job.validate()
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name}: {error}" if len(stages) > 1 else str(error)) from error
+    return jobs
+
+
 def folder_name(index: int, name: str) -> str:
     """The folder of a stage inside `stages/`."""
     return f"{index + 1}-{name}"
@@ -150,7 +161,7 @@ def folder_name(index: int, name: str) -> str:
 
 def _after(job: JobConfig, before: str) -> JobConfig:
     """The job of a stage that starts from its sibling folder `before`."""
-    return replace(job, start=replace(job.start, run=f"../{before}"))
+    return replace(job, start=replace(job.start, run=f"../{before}", mesh=None))
 
 
 def resume_any(folder: Path, *, listeners: Sequence[Emit] = (), stop: Stop | None = None) -> RunResult:
@@ -176,7 +187,10 @@ def export_any(
     if not begun:
         raise InputError(f"{folder}: holds no checkpoint to export; run: sds3d resume {folder}")
     result = export(folder / begun[-1]["folder"], formats, layers=layers, listeners=listeners)
-    return replace(result, folder=folder, files=_copied(folder, result.files))
+    files = _copied(folder, result.files)
+    listed = manifest.get("files", {}) | {name: path.name for name, path in files.items()}
+    _note(folder, manifest, files=listed, **_facts(folder / begun[-1]["folder"]))
+    return replace(result, folder=folder, files=files)
 
 
 def staged_manifest(folder: Path) -> dict[str, Any] | None:
@@ -209,10 +223,7 @@ def _go_on(folder: Path, manifest: dict[str, Any], listeners: Sequence[Emit], st
             _note(folder, manifest, status="failed", error=str(error))
         raise
     last = results[-1]
-    inner = json.loads(
-        (folder / entries[len(results) - 1]["folder"] / "manifest.json").read_text(encoding="utf-8")
-    )
-    facts = {name: inner[name] for name in ("mesh", "fidelity") if name in inner}
+    facts = _facts(folder / entries[len(results) - 1]["folder"])
     done = sum(result.steps_done for result in results)
     seconds = sum(result.seconds for result in results)
     _note(folder, manifest, status=last.status, steps_done=done, seconds=round(seconds, 3), **facts)
@@ -226,6 +237,12 @@ def _go_on(folder: Path, manifest: dict[str, Any], listeners: Sequence[Emit], st
         seconds=seconds,
         warnings=tuple(warning for result in results for warning in result.warnings),
     )
+
+
+def _facts(stage: Path) -> dict[str, Any]:
+    """What the manifest of a stage says about its asset."""
+    inner = json.loads((stage / "manifest.json").read_text(encoding="utf-8"))
+    return {name: inner[name] for name in ("mesh", "fidelity") if name in inner}
 
 
 def _stage(folder: Path, manifest: Mapping[str, Any], listeners: Sequence[Emit], stop: Stop) -> RunResult:

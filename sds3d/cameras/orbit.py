@@ -50,12 +50,18 @@ def orbit_cameras(
 
 
 def turntable_cameras(
-    count: int, size_px: int, elevation_deg: float = 15.0, radius: float = 3.3, fov_deg: float = 40.0
+    count: int,
+    size_px: int,
+    elevation_deg: float = 15.0,
+    radius: float = 3.3,
+    fov_deg: float = 40.0,
+    *,
+    azimuth_deg: float = 0.0,
 ) -> Cameras:
-    """`count` cameras evenly around the object, the first at the front."""
+    """`count` cameras evenly around the object, the first at `azimuth_deg` (0 = the front)."""
 
     def same(value: float) -> Tensor:
         return torch.full((count,), value)
 
-    azimuth = torch.arange(count, dtype=torch.float32) * (360.0 / count)
+    azimuth = torch.arange(count, dtype=torch.float32) * (360.0 / count) + azimuth_deg
     return orbit_cameras(azimuth, same(elevation_deg), same(radius), same(fov_deg), size_px)

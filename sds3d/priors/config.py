@@ -5,14 +5,14 @@ from typing import Literal
 
 from sds3d.config.option import option
 
-ControlKind = Literal["depth", "normal", "light"]
+ControlKind = Literal["depth", "normal", "light", "dreammat"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """A low-rank style that is added to the weights of the model."""
 
-    path: str = option(help="a .safetensors file")
+    path: str = option(help="a .safetensors file", path=True)
     scale: float = option(1.0, help="how strongly; negative numbers steer away", ge=-10.0, le=10.0)
 
 
@@ -20,12 +20,14 @@ class LoraConfig:
 class ImagePromptConfig:
     """A picture that the model is shown: through an IP-Adapter, or by itself where it reads pictures (ImageDream)."""
 
-    image: str = option(help="the picture, read by PIL; transparent parts become white")
+    image: str = option(help="the picture, read by PIL; transparent parts become white", path=True)
     adapter: str | None = option(
-        None, help="weights of the IP-Adapter, a .safetensors file; null for models that read pictures"
+        None,
+        help="weights of the IP-Adapter, a .safetensors file; null for models that read pictures",
+        path=True,
     )
     image_encoder: str | None = option(
-        None, help="folder of the CLIP vision encoder that the adapter was trained with"
+        None, help="folder of the CLIP vision encoder that the adapter was trained with", path=True
     )
     scale: float = option(
         0.6, help="weight of the picture beside the text, seen from azimuth_deg", ge=0.0, le=2.0
@@ -40,8 +42,11 @@ class ImagePromptConfig:
 class ControlConfig:
     """A ControlNet that sees the scene's own geometry."""
 
-    path: str = option(help="folder of a diffusers ControlNetModel")
-    kind: ControlKind = option(help="which picture of the scene it is given")
+    path: str = option(help="folder of a diffusers ControlNetModel", path=True)
+    kind: ControlKind = option(
+        help="which picture of the scene it is given: depth, normal, light (three known materials under the step's "
+        "light, grey; FlashTex) or dreammat (depth, normals and six known materials, 22 channels)"
+    )
     scale: float = option(1.0, help="factor on what it adds to the network", ge=0.0, le=2.0)
 
 
@@ -50,7 +55,9 @@ class PriorConfig:
     """Which frozen diffusion model guides the run."""
 
     name: str = option(
-        "toybox", help="a name listed by `sds3d priors`, a diffusers pipeline folder, or a hub id owner/name"
+        "toybox",
+        help="a name listed by `sds3d priors`, a diffusers pipeline folder, or a hub id owner/name",
+        path=True,
     )
     revision: str | None = option(
         None, help="commit, tag or branch of a hub repository; null = the pinned one, else main"
@@ -68,6 +75,7 @@ class PriorConfig:
     vae: str = option(
         "full",
         help="encoder of the render: full, tiny (vae_tiny/ of the pipeline) or an AutoencoderTiny folder",
+        path=True,
     )
     vae_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", help="precision of the autoencoder; auto = the network's on CUDA, as loaded on a CPU"
@@ -91,7 +99,9 @@ class PriorConfig:
         3.5, help="guidance value told to guidance-distilled FLUX models; others have no such input", ge=0.0
     )
     loras: tuple[LoraConfig, ...] = option((), help="styles: list of {path, scale}")
-    textual_inversions: tuple[str, ...] = option((), help="learned words: list of .safetensors files")
+    textual_inversions: tuple[str, ...] = option(
+        (), help="learned words: list of .safetensors files", path=True
+    )
     image_prompt: ImagePromptConfig | None = option(None, help="a picture for rules that ask for one (isd)")
     controls: tuple[ControlConfig, ...] = option((), help="control networks: list of {path, kind, scale}")
     lcm_guidance: float = option(

@@ -1,7 +1,8 @@
 """What `sds3d priors` says: the catalog with what of it is on this disk, and the examination of one prior."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sds3d.priors.catalog import PRIORS, PriorInfo
 from sds3d.priors.config import PriorConfig
 from sds3d.priors.families import FAMILIES, family_of
 from sds3d.priors.hub import cached_folder, complete, describe_sources, local_folder, sources_of, state_of
+from sds3d.priors.vocabulary import unknown_word_warnings
 from sds3d.priors.weights import INDEX_FILE, bytes_of, is_network, parts_of, pipeline_of, read_json
 
 COLUMNS = ("name", "family", "size", "licence", "gated", "source", "cached", "summary")
@@ -74,6 +76,30 @@ def examine(config: PriorConfig) -> Iterator[Finding]:
     for part, class_name in parts_of(read_json(folder / INDEX_FILE)).items():
         yield Finding(part, _describe(folder, part, class_name))
     yield from _loaded(folder, config)
+
+
+def prompt_warnings(config: PriorConfig, prompts: Sequence[str]) -> list[str]:
+    """What a prior with a small vocabulary would say about these prompts, from its tokenizer alone.
+
+    Nothing for priors that are not in a folder of this machine, or know all words.
+    """
+    try:
+        folder = local_folder(config)
+        tokenizer = None if folder is None else _tokenizer(folder)
+    except PriorError:  # told where the prior is loaded
+        return []
+    return [] if tokenizer is None else unknown_word_warnings(tokenizer, prompts)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    from sds3d.priors.folder import PipelineFolder
+
+    if not (folder / "tokenizer" / "tokenizer.json").is_file():
+        return None
+    return PipelineFolder(folder).load("tokenizer", PreTrainedTokenizerFast)
 
 
 def _folder(config: PriorConfig) -> Path:

@@ -19,7 +19,9 @@ class ClipReward:
     class Config:
         """Options of the CLIP reward."""
 
-        folder: str = option("", help="folder of a CLIP model in the transformers layout, with its processor")
+        folder: str = option(
+            "", help="folder of a CLIP model in the transformers layout, with its processor", path=True
+        )
 
     def __init__(self, config: Config, device: torch.device) -> None:
         from transformers import AutoTokenizer, CLIPModel

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy_run import ToyLoop, loops
+from toy_run import ToyLoop, ToyReport, ToyScene, loops
 
 from sds3d import __version__
+from sds3d.asset import AssetConfig
 from sds3d.cli import heeding_signals, main, split_formats, split_words
 from sds3d.errors import ConfigError
 from sds3d.events.bus import Finished, PhaseStarted, StepDone, Warned
@@ -171,6 +172,60 @@ def test_existing_run_is_refused(
     assert main([*words, "--seed", "3"]) == 2
     assert "holds another run" in capsys.readouterr().err
     assert (tmp_path / "run" / "asset.stl").read_bytes() == asset
+
+
+def test_export_takes_budgets_and_refuses_bad_ones_without_touching_a_file(
+    tmp_path: Path,
+    loops: list[ToyLoop],
+    config: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def make(scene: object, folder: Path, settings: AssetConfig, metadata: object) -> ToyReport:
+        asked.append(settings)
+        return ToyReport({})
+
+    run = tmp_path / "run"
+    assert main(["generate", "a mug", "--config", config, "--out", str(run)]) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for words, message in (
+        (["--faces", "3"], "--faces: export: max_faces is 3; expected a value from 100 to 10000000"),
+        (
+            ["--texture", "500"],
+            "--texture: export: texture_px is 500; expected a power of two from 128 to 4096",
+        ),
+        (
+            ["--name", "a/b"],
+            "--name: export: 'a/b' cannot be a file name; use letters, digits, '-', '_' and '.'",
+        ),
+        (["--format", "fbx"], "export: unknown format 'fbx'; known formats: glb, gltf, obj, ply, stl, usdz"),
+        (["steps=3"], "export: only settings that begin with export. can change"),
+    ):
+        assert main(["export", str(run), *words]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {message}")
+        assert said.count("\n") == 1
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    monkeypatch.setattr("sds3d.exporting.make_asset", make)
+    monkeypatch.setattr("sds3d.run.restored_scene", lambda job, saved: ToyScene())
+    words = [
+        "--faces",
+        "20000",
+        "--texture",
+        "1024",
+        "--name",
+        "big",
+        "--format",
+        "glb,stl",
+        "export.pivot=base",
+    ]
+    assert main(["export", str(run), *words]) == 0
+    (only,) = asked
+    assert (only.max_faces, only.texture_px, only.name, only.pivot) == (20000, 1024, "big", "base")
+    assert only.formats == ("glb", "stl")
 
 
 def test_a_broken_pipe_of_words_is_split_well() -> None:

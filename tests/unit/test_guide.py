@@ -10,7 +10,7 @@ from sds3d.errors import ConfigError
 from sds3d.guidance import CSD, SDS
 from sds3d.guidance.dds import DDS
 from sds3d.guidance.noise import FreshNoise
-from sds3d.guidance.terms import Term, extra_prompts
+from sds3d.guidance.terms import Term, buffers, extra_prompts
 from sds3d.guidance.time import UniformTime
 from sds3d.guide import Guide
 from sds3d.interfaces import Cameras, Condition, Render, Shading
@@ -126,6 +126,65 @@ def test_rules_outside_their_window_cost_nothing() -> None:
         prior.calls = 0
         ask(guide, step)
         assert prior.calls == calls
+
+
+@pytest.mark.parametrize("mode", ["pbr", "albedo"])
+def test_albedo_and_shaded_terms_each_pull_at_their_own_picture(mode: str) -> None:
+    """A mix is the sum of both; without light there is no shaded picture, and that term is silent."""
+    prior = make_prior()
+    terms = [
+        Term(rule=sds(prior), sees="albedo", weight=Ramp.constant(0.8)),
+        Term(rule=sds(prior), sees="shaded", weight=Ramp.constant(0.2)),
+    ]
+    assert buffers(terms) == ("albedo",)
+    leaves = {name: randn(2, *SHAPE, seed=seed) for name, seed in (("rgb", 21), ("albedo", 50))}
+    pulls = []
+    for chosen in (terms, terms[:1], terms[1:]):
+        seen = {name: value.clone().requires_grad_() for name, value in leaves.items()}
+        flat = torch.ones_like(seen["rgb"][:, :1])
+        view = Render(alpha=flat, depth=flat, **seen)
+        # One stream per term: alone, the second would draw as the first.
+        guide = make_guide(*chosen, prior=prior)
+        loss = guide(view, CAMERAS, Shading(mode=mode), Moment(3, 10), Moment(3, 10)).loss
+        if loss.requires_grad:
+            loss.backward()
+        pulls.append({k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in seen.items()})
+    both, albedo, shaded = pulls
+    torch.testing.assert_close(both["albedo"], albedo["albedo"])
+    torch.testing.assert_close(both["rgb"], shaded["rgb"])
+    assert albedo["rgb"].abs().max() == shaded["albedo"].abs().max() == 0.0
+    assert albedo["albedo"].abs().max() > 0.0
+    assert (shaded["rgb"].abs().max() > 0.0) == (mode == "pbr")
+
+
+def test_a_render_without_the_picture_of_a_term_is_refused() -> None:
+    prior = make_prior()
+    flat = X[:, :1]
+    view = Render(rgb=X, alpha=flat, depth=flat)
+    for sees, message in (
+        ("albedo", "sees albedo, but this scene renders none"),
+        ("normal", "renders no normals"),
+    ):
+        guide = make_guide(Term(rule=sds(prior), sees=sees), prior=prior)
+        with pytest.raises(ConfigError, match=message):
+            guide(view, CAMERAS, Shading(), Moment(0, 10), Moment(0, 10))
+    with pytest.raises(ConfigError, match="needs a prior with latents of 4 channels, this one has 3"):
+        make_guide(Term(rule=sds(prior), sees="normal_latent"), prior=prior)
+
+
+def test_normals_as_latents_are_normals_and_mask_resized() -> None:
+    means = {name: randn(4, 2, 2, seed=index) for index, name in enumerate(["y", ""])}
+    prior = AnalyticPrior({k: Mixture.gaussian(v, Q) for k, v in means.items()})
+    guide = make_guide(Term(rule=sds(prior), sees="normal_latent"), prior=prior)
+    alpha = torch.full((2, 1, 4, 4), 0.5, dtype=torch.float64, requires_grad=True)
+    normal = randn(2, 3, 4, 4, seed=9).requires_grad_()
+    view = Render(rgb=X, alpha=alpha, depth=X[:, :1], normal=normal)
+    x = guide.encoded(guide.image(view, "normal_latent"), "normal_latent")
+    assert x.shape == (2, 4, 2, 2)
+    torch.testing.assert_close(x[:, 3:], torch.full((2, 1, 2, 2), 0.5, dtype=torch.float64))
+    guide(view, CAMERAS, Shading(), Moment(0, 10), Moment(0, 10)).loss.backward()
+    assert normal.grad.abs().max() > 0.0
+    assert alpha.grad.abs().max() > 0.0
 
 
 def test_a_term_that_sees_normals_pulls_at_normals_alone() -> None:

@@ -18,16 +18,20 @@ LAYERS: list[set[str]] = [
     {"mathx", "config"},
     {"ops"},
     {"guidance", "scenes", "priors", "cameras", "mesh", "events", "optim", "rewards", "penalties"},
-    {"guide", "watch"},
-    {"optimize", "asset", "convert"},
+    {"guide", "watch", "recovery", "surfaces"},
+    {"optimize", "health", "asset", "convert", "given"},
     {"job"},
     {"plan"},
-    {"run_folder"},
+    {"run_folder", "session"},
+    {"exporting"},
     {"run", "imaging", "relight"},
     {"staged"},
+    {"compact"},
     {"workers"},
     {"bench"},
+    {"batch"},
     {"doctor"},
+    {"ui"},
     {"cli"},
     {"__main__"},
 ]
@@ -36,7 +40,7 @@ ALLOWED_BETWEEN_SIBLINGS = {("scenes", "mesh.isosurface"), ("scenes", "mesh.tets
 # toybox trains the shipped prior: a program of its own beside the package's layers.
 OUTSIDE = {"toybox"}
 # Its judge and its words also score what the package makes.
-ALLOWED_OUTSIDE = {("rewards", "toybox"), ("bench", "toybox")}
+ALLOWED_OUTSIDE = {("rewards", "toybox"), ("bench", "toybox"), ("batch", "toybox")}
 HOMES = {
     "diffusers": {"priors", "toybox"},
     "peft": {"priors"},
@@ -49,9 +53,13 @@ HOMES = {
     "fast_simplification": {"mesh"},
     "imageio": {"events", "doctor"},
     "imageio_ffmpeg": {"events", "doctor"},
-    "gradio": set(),
+    "gradio": {"ui"},
+    "starlette": {"ui"},
     "typer": {"cli"},
-    "rich": {"events"},
+    "rich": {"events", "batch"},
+    "ray": {"batch"},
+    "submitit": {"batch"},
+    "fsspec": {"batch"},
     "yaml": {"config"},
 }
 
