@@ -48,7 +48,9 @@ class Recovery:
         """What the user is told about a bad step; None where it was said already."""
         rate = f"the learning rate is now {self.lr_scale:g} of its setting"
         if advice == "roll back":
-            return f"step {step}: {self.bad} steps in a row were not finite; back to the last good state, {rate}"
+            return (
+                f"step {step}: {self.bad} steps in a row were not finite; back to the last good state, {rate}"
+            )
         if advice == "undo" and self.bad == 1:
             return f"step {step}: gradients are not finite; the step is undone, {rate}"
         return None

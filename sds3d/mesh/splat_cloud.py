@@ -3,32 +3,49 @@
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sds3d.errors import ExportError
+from sds3d.mathx.harmonics import sh_basis
 
-SH_DC = 0.28209479177387814  # 1 / (2 sqrt(pi)), the constant spherical harmonic
+_TURN = (1.0, -1.0, -1.0)  # by 180 degrees about x
 
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianCloud:
-    """What a splat file holds. Colour is constant over directions (spherical harmonics of degree 0)."""
+    """What a splat file holds. Without `harmonics` colour is constant over directions."""
 
     means: Float[Tensor, "g 3"]  # metres
     quats_wxyz: Float[Tensor, "g 4"]
     scales: Float[Tensor, "g 3"]  # metres
     opacity: Float[Tensor, " g"]  # [0, 1]
     color: Float[Tensor, "g 3"]  # sRGB
+    harmonics: Float[Tensor, "g k 3"] | None = (
+        None  # spherical harmonics beyond the constant, see `sh_colors`
+    )
 
     def __len__(self) -> int:
         return len(self.means)
 
     def on_cpu(self) -> "GaussianCloud":
         """Detached float32 copies on the CPU, quaternions of unit length."""
-        plain = {name: value.detach().cpu().float() for name, value in vars(self).items()}
+        plain = {
+            name: value.detach().cpu().float() for name, value in vars(self).items() if value is not None
+        }
         plain["quats_wxyz"] = torch.nn.functional.normalize(plain["quats_wxyz"], dim=-1)
         return GaussianCloud(**plain)
+
+    def to(self, device: torch.device | str) -> "GaussianCloud":
+        """The same cloud on another device."""
+        return GaussianCloud(
+            **{name: value.to(device) for name, value in vars(self).items() if value is not None}
+        )
+
+    def take(self, index: Int[Tensor, " n"]) -> "GaussianCloud":
+        """A selection of the Gaussians."""
+        rows = {name: value[index] for name, value in vars(self).items() if value is not None}
+        return GaussianCloud(**rows)
 
     def finite(self) -> "GaussianCloud":
         """The same cloud; ExportError if it is empty or holds a number that is not finite."""
@@ -48,10 +65,16 @@ def flipped(cloud: GaussianCloud) -> GaussianCloud:
     Between +y up, +z towards the viewer (glTF, spz) and the camera-like frame +y down, +z away in which viewers show
     3DGS .ply and .splat files.
     """
-    signs = cloud.means.new_tensor([1.0, -1.0, -1.0])
+    signs = cloud.means.new_tensor(_TURN)
     w, x, y, z = cloud.quats_wxyz.unbind(-1)
     turned = torch.stack([-x, w, -z, y], dim=-1)  # (0, 1, 0, 0) times q
-    return replace(cloud, means=cloud.means * signs, quats_wxyz=turned)
+    harmonics = cloud.harmonics
+    if harmonics is not None:
+        # A basis function is a polynomial: the turn leaves it or changes its sign.
+        probe = torch.nn.functional.normalize(harmonics.new_tensor([[0.48, 0.6, 0.64]]), dim=-1)
+        parity = sh_basis(probe * signs, harmonics.shape[1]) * sh_basis(probe, harmonics.shape[1])
+        harmonics = harmonics * parity.sign()[0, :, None]
+    return replace(cloud, means=cloud.means * signs, quats_wxyz=turned, harmonics=harmonics)
 
 
 def written(cloud: GaussianCloud) -> GaussianCloud:

@@ -18,8 +18,9 @@ import torch
 
 from sds3d.errors import ConfigError, InputError
 from sds3d.mathx.color import to_linear
+from sds3d.mathx.harmonics import SH_DC
 from sds3d.mesh.gltf import GENERATOR, GlbWriter, read_glb_chunks
-from sds3d.mesh.splat_cloud import SH_DC, GaussianCloud, flipped, written
+from sds3d.mesh.splat_cloud import GaussianCloud, flipped, written
 from sds3d.mesh.splat_ply import decode_ply, encode_ply
 
 Metadata = Mapping[str, object]

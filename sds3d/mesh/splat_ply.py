@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sds3d.errors import InputError
-from sds3d.mesh.splat_cloud import SH_DC, GaussianCloud, flipped, written
+from sds3d.mathx.harmonics import COUNTS, SH_DC
+from sds3d.mesh.splat_cloud import GaussianCloud, flipped, written
 
 _OPACITY_RANGE = (1e-6, 1.0 - 1e-6)
 _FIELDS = (
@@ -38,7 +39,7 @@ def encode_ply(cloud: GaussianCloud) -> bytes:
 
 
 def decode_ply(raw: bytes, where: str) -> GaussianCloud:
-    """The cloud of a 3DGS .ply; spherical harmonics beyond the constant are ignored.
+    """The cloud of a 3DGS .ply, with its spherical harmonics (f_rest_*: all of red, then green, then blue).
 
     Raises InputError if the contents are damaged, or not such a file.
     """
@@ -63,11 +64,19 @@ def decode_ply(raw: bytes, where: str) -> GaussianCloud:
     def columns(*wanted: str) -> Tensor:
         return table[:, [names.index(name) for name in wanted]]
 
+    rest = sum(name.startswith("f_rest_") for name in names)
+    if rest not in {3 * count for count in COUNTS.values()}:
+        raise InputError(
+            f"{where}: got {rest} values f_rest_*, expected 0, 9, 24 or 45 (harmonics of degree 0 to 3)"
+        )
+    wanted = [f"f_rest_{i}" for i in range(rest)]
+    harmonics = columns(*wanted).reshape(-1, 3, rest // 3).transpose(1, 2).contiguous() if rest else None
     cloud = GaussianCloud(
         means=columns("x", "y", "z"),
         quats_wxyz=columns("rot_0", "rot_1", "rot_2", "rot_3"),
         scales=columns("scale_0", "scale_1", "scale_2").exp(),
         opacity=torch.sigmoid(columns("opacity")[:, 0]),
         color=columns("f_dc_0", "f_dc_1", "f_dc_2") * SH_DC + 0.5,
+        harmonics=harmonics,
     )
     return flipped(cloud)

@@ -80,7 +80,11 @@ def _short_of_memory(rank: int, folder: Path) -> dict[str, Any]:
     with joined(CPU, TIMEOUT_S) as team:
         loop.team = team
         loop.run(STEPS, lambda event: messages.append(getattr(event, "message", "")))
-    return {"image": loop.parts.scene.image.detach(), "micro_batch": loop.economy.micro_batch, "messages": messages}
+    return {
+        "image": loop.parts.scene.image.detach(),
+        "micro_batch": loop.economy.micro_batch,
+        "messages": messages,
+    }
 
 
 def _generated(rank: int, folder: Path) -> dict[str, Any]:

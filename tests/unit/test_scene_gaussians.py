@@ -18,6 +18,8 @@ from sds3d.rng import Stream
 from sds3d.scenes.gaussian_adapt import MAX_COPIES, Rows, grow, relocate, split_mass
 from sds3d.scenes.gaussian_density import seen_share
 from sds3d.scenes.gaussians import PARAMETERS, GaussianScene
+from tests.toys import gaussians_at as filled
+from tests.toys import shell
 
 STREAM = Stream(3, "gaussians")
 CONFIG = GaussianScene.Config(count=300, cap=600, adapt_every_steps=5)
@@ -35,35 +37,6 @@ def views(step: int, count: int = 2, px: int = 32):
 
 def white(count: int) -> Shading:
     return Shading(background=torch.ones(count, 3))
-
-
-def filled(
-    means: Tensor, scale: float = 0.03, opacity: float = 0.9, color: Tensor | None = None
-) -> GaussianScene:
-    """A scene that consists of exactly these Gaussians."""
-    made = scene()
-    count = len(means)
-    color = torch.full((count, 3), 0.5) if color is None else color
-    state = made.state_dict() | {
-        "means": means.float(),
-        "log_scales": torch.full((count, 3), math.log(scale)),
-        "quats": torch.tensor([[1.0, 0, 0, 0]]).repeat(count, 1),
-        "opacity_logits": torch.full((count,), math.log(opacity / (1 - opacity))),
-        "color_logits": torch.logit(color.clamp(0.001, 0.999)),
-        "gradient_sum": torch.zeros(count),
-        "gradient_count": torch.zeros(count),
-    }
-    made.load_state_dict(state)
-    return made
-
-
-def shell(count: int = 3000, radius: float = 0.6) -> Tensor:
-    """Points spread evenly over a sphere."""
-    i = torch.arange(count) + 0.5
-    y = 1 - 2 * i / count
-    a = math.pi * (3 - math.sqrt(5)) * i
-    ring = (1 - y * y).sqrt()
-    return radius * torch.stack([ring * a.sin(), y, ring * a.cos()], -1)
 
 
 def volume(surface: Surface) -> float:

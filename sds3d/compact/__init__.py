@@ -1,0 +1,1 @@
+"""Small files from trained Gaussians, after LightGaussian: prune by significance, recover, quantise."""
