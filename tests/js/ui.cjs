@@ -1,5 +1,5 @@
 // Drive the interface as people would: node ui.cjs <node_modules> <chromium> <url> <folder for pictures and downloads>
-// Prints one JSON object of what was seen; tests/browser/test_ui.py judges it.
+// Prints one JSON object of what was seen; tests/slow/test_ui_browser.py judges it.
 const path = require("path");
 
 const [modules, chromium, url, out] = process.argv.slice(2);

@@ -1,4 +1,4 @@
-"""The interface in headless Chromium, driven by tests/js/ui.cjs as two people would; and the snippet of docs/ui.md.
+"""The interface in headless Chromium, driven by tests/js/ui.cjs as two people would.
 
 Needs node, chromium (or SDS3D_CHROMIUM), and playwright-core in SDS3D_BROWSER_MODULES (a node_modules folder) or
 installed by `make browser`.
@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 from PIL import Image
 
 from sds3d.mesh.files import load_mesh
+from tests.serving import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "js" / "ui.cjs"
@@ -31,16 +31,9 @@ pytest.importorskip("gradio")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """(address, root) of `sds3d ui` in a process of its own."""
-    root = tmp_path_factory.mktemp("ui") / "root"
-    command = [sys.executable, "-m", "sds3d", "ui", "--port", "0", "--allowed-root", str(root)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert "ready" in line, line
-        yield line.split()[-1].rstrip("/"), root
-        process.terminate()
-        assert process.wait(60) == 0
+    """(address, root) of the interface in a process of its own."""
+    with serving(tmp_path_factory.mktemp("ui") / "root") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -142,16 +135,3 @@ def test_gallery_compares_and_deletes(visit: Visit, server: tuple[str, Path]) ->
     assert not list(server[1].glob("gaussians/*"))
     (stopped,) = server[1].glob("fast/a-yellow-duck*")
     assert len(load_mesh(stopped / "asset.glb").faces) <= 1100  # the export with a smaller budget
-
-
-def test_the_snippet_of_the_documentation_runs(server: tuple[str, Path]) -> None:
-    text = (ROOT / "docs" / "ui.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    assert code is not None
-    script = code[1].replace("http://127.0.0.1:7860/", server[0]) + "\nprint(path)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"done \d+ faces", done.stdout)
-    assert len(load_mesh(Path(done.stdout.splitlines()[-1])).faces) > 100
