@@ -65,8 +65,13 @@ async function drawn(page, selector, file) {
   await canvas.waitFor({ state: "visible" });
   const box = path.join(out, file);
   const end = Date.now() + 90000; // loading a model takes a moment, and pictures of it too
-  while ((await canvas.screenshot({ path: box })).length < 12000 && Date.now() < end) {
-    await page.waitForTimeout(300);
+  let before = 0;
+  for (let calm = 0; calm < 3 && Date.now() < end; ) {
+    const size = (await canvas.screenshot({ path: box })).length;
+    // Gaussians appear bit by bit: wait until the picture no longer grows.
+    calm = size >= 12000 && size <= 1.02 * before ? calm + 1 : 0;
+    before = size;
+    await page.waitForTimeout(500);
   }
   return box;
 }
@@ -101,6 +106,7 @@ async function firstUser(browser) {
 async function secondUser(browser) {
   const page = await visitor(browser);
   await open(page);
+  await page.locator("#progress", { hasText: "duck" }).waitFor({ timeout: 20000 }).catch(() => {}); // judged below
   seen.second_tab = await page.locator("#progress").textContent(); // attached to what runs
   await page.getByRole("button", { name: "As YAML or command" }).click();
   await page.locator("#yaml .cm-content").click();

@@ -58,17 +58,20 @@ def visit(server: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 Visit = tuple[dict[str, Any], Path]
 
 
-def is_drawn(path: Path) -> bool:
-    """Whether a picture shows something: many colours, and not on a few pixels only."""
+def is_drawn(path: Path, share: float = 0.02) -> bool:
+    """Whether a picture shows something on more than this share of its pixels."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     middle = pixels[len(pixels) // 8 :, :]
     ground = np.median(middle.reshape(-1, 3), axis=0)
-    return float((np.abs(middle - ground).sum(-1) > 60).mean()) > 0.02
+    return float((np.abs(middle - ground).sum(-1) > 60).mean()) > share
 
 
 def test_a_prompt_becomes_a_visible_model(visit: Visit) -> None:
     assert is_drawn(visit[1] / "model.png")
     assert is_drawn(visit[1] / "second.png")
+
+
+def test_the_gaussians_are_shown(visit: Visit) -> None:
     assert is_drawn(visit[1] / "splats.png")
 
 
