@@ -707,3 +707,22 @@ def test_vsd_with_a_learning_student_ends_at_the_prior_s_mean() -> None:
     loop = loop_of(prior, VSD(config, prior, Stream(0, "r")), steps=100)
     loop.run(100, lambda event: None)
     assert (loop.parts.scene.image.detach() - mean).abs().max() < 0.15
+
+
+def test_a_student_that_says_nan_changes_nothing_in_that_step_and_is_not_spoiled() -> None:
+    prior = gaussian_prior()
+    loop = loop_of(prior, RUNS["vsd"](prior), steps=40)
+    student, rule = loop.parts.guide.terms[0].rule.student, loop.parts.guide.terms[0].rule
+    loop.run(10, lambda event: None)
+    scene = loop.parts.scene.image.detach().clone()
+    own = [p.detach().clone() for p in rule.parameters()]
+    eps = student.eps
+    student.eps = lambda *a: tuple(e * float("nan") for e in eps(*a))
+    loop.run(11, lambda event: None)
+    assert torch.equal(loop.parts.scene.image, scene)
+    assert all(torch.equal(p, before) for p, before in zip(rule.parameters(), own, strict=True))
+    assert loop.parts.optimizer.lr_scale == 0.5
+    student.eps = eps
+    loop.run(40, lambda event: None)
+    assert not torch.equal(loop.parts.scene.image, scene)
+    assert all(bool(torch.isfinite(p).all()) for p in [*rule.parameters(), loop.parts.scene.image])
