@@ -30,7 +30,7 @@ class Board:
     jobs: Sequence[Job]
     ledger: Ledger
     flights: dict[str, Flight] = field(default_factory=dict)
-    ended: list[Result] = field(default_factory=list)  # attempts of this session, in order
+    ended: list[Result] = field(default_factory=list)  # attempts since this process began, in order
     began: float = field(default_factory=time.monotonic)
 
     def counts(self) -> dict[State, int]:

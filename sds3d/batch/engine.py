@@ -1,6 +1,7 @@
 """What an engine is: something that takes orders and gives results."""
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -64,8 +65,30 @@ def beaten(storage: Storage, order: Order) -> Progress:
     return Progress(**known)
 
 
+class Heartbeats:
+    """What workers told last about the jobs in hand, read from storage at most every `every_s` seconds per job."""
+
+    def __init__(self, storage: Storage, every_s: float) -> None:
+        self.storage, self.every_s = storage, every_s
+        self._read: dict[str, tuple[float, Progress]] = {}
+
+    def of(self, order: Order | None) -> Progress:
+        """Where an order stands; nothing is known of no order."""
+        if order is None:
+            return Progress()
+        now, (told, known) = time.monotonic(), self._read.get(order.job.id, (-self.every_s, Progress()))
+        if now - told >= self.every_s:
+            known = beaten(self.storage, order)
+            self._read[order.job.id] = (now, known)
+        return known
+
+    def forget(self, order: Order) -> None:
+        """The order is over."""
+        self._read.pop(order.job.id, None)
+
+
 def ask_stop(storage: Storage, session: str) -> None:
-    """Workers of this session hear it at their next heartbeat."""
+    """Workers that serve the batch process `session` hear it at their next heartbeat."""
     storage.write(STOP, session.encode())
 
 

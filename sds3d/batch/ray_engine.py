@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from sds3d.batch.attempt import Runner, here, serve_order
-from sds3d.batch.engine import Progress, ask_stop, beaten, dead
+from sds3d.batch.engine import Heartbeats, Progress, ask_stop, beaten, dead
 from sds3d.batch.order import Order, Result
 from sds3d.batch.storage import Storage
 from sds3d.errors import ConfigError
@@ -65,7 +65,7 @@ class RayEngine:
         self._task = self._ray.remote(max_retries=0, max_calls=0)(serve_order)
         self._out: dict[Any, Order] = {}
         self._given_up: set[Any] = set()
-        self._seen: dict[str, tuple[float, Progress]] = {}
+        self._beats = Heartbeats(self.storage, _PROGRESS_S)
         self._size = (-_SIZE_S, 0)
 
     def _connect(self, address: str | None) -> None:
@@ -120,7 +120,7 @@ class RayEngine:
 
     def _result(self, ref: Any) -> Result:
         order = self._out.pop(ref)
-        self._seen.pop(order.job.id, None)
+        self._beats.forget(order)
         given_up = ref in self._given_up
         self._given_up.discard(ref)
         try:
@@ -132,14 +132,7 @@ class RayEngine:
 
     def progress(self, job: str) -> Progress:
         """Where a run stands, as its worker told last."""
-        order = next((order for order in self._out.values() if order.job.id == job), None)
-        if order is None:
-            return Progress()
-        now, (told, known) = time.monotonic(), self._seen.get(job, (-_PROGRESS_S, Progress()))
-        if now - told >= _PROGRESS_S:
-            known = beaten(self.storage, order)
-            self._seen[job] = (now, known)
-        return known
+        return self._beats.of(next((order for order in self._out.values() if order.job.id == job), None))
 
     def cancel(self, job: str) -> None:
         """Kill the task of an order."""

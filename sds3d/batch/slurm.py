@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sds3d.batch.attempt import Runner, here, serve_order
-from sds3d.batch.engine import Progress, ask_stop, beaten, dead
+from sds3d.batch.engine import Heartbeats, Progress, ask_stop, dead
 from sds3d.batch.order import Order, Result
 from sds3d.batch.storage import SharedFolder, Storage
 from sds3d.errors import ConfigError
@@ -94,7 +94,7 @@ class SlurmEngine:
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             raise ConfigError(f"--engine slurm: {error}") from error
         self._count = 0
-        self._seen: dict[str, tuple[float, Progress]] = {}
+        self._beats = Heartbeats(self.storage, _PROGRESS_S)
         self._lost: list[Result] = []
         self._crew = [self._hired() for _ in range(workers)]
 
@@ -141,7 +141,7 @@ class SlurmEngine:
         if not path.exists() and not gone:
             return None
         worker.order = None
-        self._seen.pop(order.job.id, None)
+        self._beats.forget(order)
         if not path.exists():
             return dead(order, f"the Slurm job {worker.job.job_id} ended ({worker.job.state})")
         result = Result.from_json(path.read_text(encoding="utf-8"))
@@ -156,14 +156,9 @@ class SlurmEngine:
 
     def progress(self, job: str) -> Progress:
         """Where a run stands, as its worker told last."""
-        order = next((w.order for w in self._crew if w.order is not None and w.order.job.id == job), None)
-        if order is None:
-            return Progress()
-        now, (told, known) = time.monotonic(), self._seen.get(job, (-_PROGRESS_S, Progress()))
-        if now - told >= _PROGRESS_S:
-            known = beaten(self.storage, order)
-            self._seen[job] = (now, known)
-        return known
+        return self._beats.of(
+            next((w.order for w in self._crew if w.order is not None and w.order.job.id == job), None)
+        )
 
     def cancel(self, job: str) -> None:
         """End the Slurm job that has an order."""
