@@ -70,8 +70,10 @@ class Signs:
         return asdict(self)
 
 
-def verdict(faults: Sequence[str]) -> str:
-    """One line for the manifest."""
+def verdict(faults: Sequence[str] | None) -> str:
+    """One line for the manifest; None: the run was too short, or ended before anyone looked."""
+    if faults is None:
+        return "not examined"
     return "healthy" if not faults else "; ".join(faults)
 
 

@@ -57,7 +57,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.earlier_s = float(self.manifest.get("seconds", 0.0))
-        self.faults: list[str] = []
+        self.faults: list[str] | None = None  # of the last examination; None = none yet
         self.tally = Tally(self.warn)
         self.tally.warnings += self.manifest.get("warnings", [])
         if not self.team.leads:
@@ -71,7 +71,7 @@ class Session:
 
     def begin_again(self, job: JobConfig, **facts: Any) -> None:
         """Another job in the same folder, from its first step."""
-        self.job, self.faults, warnings = job, [], self.tally.warnings
+        self.job, self.faults, warnings = job, None, self.tally.warnings
         self.tally = Tally(self.warn)
         self.tally.warnings += warnings
         if self.team.leads:

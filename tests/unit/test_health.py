@@ -98,6 +98,8 @@ def test_every_run_ends_with_a_verdict(
 ) -> None:
     generate(LONG, tmp_path / "good")
     assert manifest(tmp_path / "good")["verdict"] == "healthy"
+    generate(FAST, tmp_path / "short")  # 20 steps show nothing that could be judged
+    assert manifest(tmp_path / "short")["verdict"] == "not examined"
     monkeypatch.setattr(ToyLoop, "signs", LOUD)
     told: list[Any] = []
     result = generate(LONG, tmp_path / "loud", listeners=[told.append])
